@@ -1,0 +1,111 @@
+"""The exception tree, typed by the boundary that was crossed.
+
+::
+
+    EvalError
+    ├── UserError                 a mistake that the user can mend: one line, exit code 2
+    │   ├── ConfigError           run config or command line
+    │   ├── DatasetError          questions, scopes, index files
+    │   └── RunDirError           run directory: unwritable, in the package, in use, other config
+    ├── InfrastructureError       run again on resume; never the model's fault
+    │   ├── EndpointError         a model endpoint: down, 5xx, rate limit, hang
+    │   ├── RetrieverError        the retriever: down, full, time limit
+    │   ├── SandboxError          the sandbox itself could not run (not: the code in it failed)
+    │   └── StorageError          run directory or object store
+    ├── ModelError                terminal for the task: the same call would fail again
+    │   ├── ContextOverflow       the prompt is longer than the endpoint accepts
+    │   └── Refusal               content filter, or a request the endpoint calls invalid
+    ├── ToolError                 goes back to the model as tool output
+    ├── JudgeError                the rollout is kept, the verdict is owed
+    └── LimitReached              turns, wall time, tokens or cost: an outcome of its own
+
+Every class pickles with its message (Ray carries exceptions between processes), and `kind_of`
+names the class of failure in the event log.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+ErrorKind = Literal["infrastructure", "model", "tool", "judge", "limit", "user"]
+
+
+class EvalError(Exception):
+    """Base of every error that this system raises on purpose."""
+
+    kind: ErrorKind = "infrastructure"
+
+
+class UserError(EvalError):
+    """A mistake of the user's: printed as one line, exit code 2, nothing started."""
+
+    kind: ErrorKind = "user"
+
+
+class ConfigError(UserError):
+    """The run config or the command line."""
+
+
+class DatasetError(UserError):
+    """Questions, scopes or index files."""
+
+
+class RunDirError(UserError):
+    """The run directory: unwritable, inside the package, in use, or made by another config."""
+
+
+class InfrastructureError(EvalError):
+    """Something around the model broke; the task runs again on resume."""
+
+
+class EndpointError(InfrastructureError):
+    """A model endpoint did not answer as the protocol says."""
+
+
+class RetrieverError(InfrastructureError):
+    """The retriever did not answer, or answered with a server error."""
+
+
+class SandboxError(InfrastructureError):
+    """The sandbox could not start or stop a process; says nothing about the code in it."""
+
+
+class StorageError(InfrastructureError):
+    """The run directory could not be written or read."""
+
+
+class ModelError(EvalError):
+    """The endpoint answered, and would answer the same again: terminal for the task."""
+
+    kind: ErrorKind = "model"
+
+
+class ContextOverflow(ModelError):
+    """The prompt is longer than the endpoint's context."""
+
+
+class Refusal(ModelError):
+    """The endpoint declined the request: content filter or invalid request."""
+
+
+class ToolError(EvalError):
+    """A tool could not do what was asked; its message is the tool's output to the model."""
+
+    kind: ErrorKind = "tool"
+
+
+class JudgeError(EvalError):
+    """The judge gave no readable verdict; the rollout is kept and the verdict owed."""
+
+    kind: ErrorKind = "judge"
+
+
+class LimitReached(EvalError):
+    """A budget of the task is used up (turns, wall time, tokens or cost)."""
+
+    kind: ErrorKind = "limit"
+
+
+def kind_of(error: BaseException) -> ErrorKind:
+    """The failure class of `error`; anything unforeseen counts as infrastructure, so it runs again."""
+    return error.kind if isinstance(error, EvalError) else "infrastructure"

@@ -1,0 +1,210 @@
+"""The values that travel between modules: frozen, picklable, free of behaviour that does IO.
+
+`Event` is one row of the event log (`events.py` holds the matching Arrow schema). Ids that come
+from data stay data: nothing here turns one into a path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ray_app.errors import ErrorKind
+
+AnswerType = Literal["exactMatch", "multipleChoice"]
+Outcome = Literal["ok", "failed", "limited", "owed"]
+EventKind = Literal[
+    "run_start", "attempt", "turn", "model_call", "tool_call", "retrieval", "code", "verdict", "result", "run_end"
+]
+Role = Literal["", "orchestrator", "expert", "judge"]
+Status = Literal["ok", "error", "invalid"]
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (32 hex digits) of the canonical JSON of `value`; equal values give equal digests."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One question. `scope` holds the allowed document ids; None means the whole corpus."""
+
+    task_id: str
+    question: str
+    answer: str
+    answer_type: AnswerType = "exactMatch"
+    category: str = ""
+    raw_subject: str = ""
+    images: tuple[str, ...] = ()
+    scope: tuple[int, ...] | None = None
+    rollout_key: str = field(init=False)
+    judge_key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        # The position in the file is no part of the key: a reordered file resumes. The id is, so
+        # that two rows with the same text stay two tasks.
+        scope = None if self.scope is None else sorted(set(self.scope))
+        rollout = digest([self.task_id, self.question, list(self.images), scope])
+        object.__setattr__(self, "rollout_key", rollout)
+        object.__setattr__(self, "judge_key", digest([rollout, self.answer, self.answer_type]))
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A model's request to run a tool; `arguments` is the raw JSON text, unchecked."""
+
+    call_id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat message. `images` are data or http URLs, sent as image parts after the text."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+    images: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts as the endpoint reports them."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ChatReply:
+    """A model's answer, with where it came from and what it took (seconds, US dollars)."""
+
+    content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    finish_reason: str = ""
+    usage: Usage = Usage()
+    model: str = ""
+    endpoint: str = ""
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    cost_usd: float = 0.0
+    retries: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One retrieved document. `score` is the inner product with the query (web hits: -1, -2, ...)."""
+
+    document_id: int
+    text: str
+    score: float
+    source: Literal["local", "tavily"] = "local"
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutionResult:
+    """What a sandboxed program did. `isolation` names the layers that really held."""
+
+    stdout: str
+    stderr: str
+    exit_status: int
+    is_timed_out: bool
+    duration_s: float
+    isolation: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a prediction is right, and who says so.
+
+    `confidence` is the model's own, 0 to 1, where the protocol asks for it.
+    """
+
+    is_correct: bool
+    method: Literal["exact", "judge", "empty"]
+    extracted: str = ""
+    reasoning: str = ""
+    confidence: float | None = None
+    judge_model: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResult:
+    """How one attempt at a task ended. Only a result that the driver committed counts."""
+
+    task_id: str
+    rollout_key: str
+    judge_key: str
+    trial: int
+    attempt: int
+    outcome: Outcome
+    prediction: str = ""
+    verdict: Verdict | None = None
+    error_kind: ErrorKind | None = None
+    error: str = ""
+    turns: int = 0
+    model_calls: int = 0
+    replayed_calls: int = 0
+    usage: Usage = Usage()
+    cost_usd: float = 0.0
+    duration_s: float = 0.0
+    category: str = ""
+    answer_type: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One row of the event log. `t_start` is wall time (Unix seconds), `*_s` are monotonic spans.
+
+    `payload_hash` points into the payload table; `request_hash` is the digest of what was asked, so
+    that a replay can tell whether a recorded reply still answers the same request.
+    """
+
+    kind: EventKind
+    t_start: float
+    duration_s: float = 0.0
+    run_id: str = ""
+    epoch: int = 0
+    rollout_key: str = ""
+    judge_key: str = ""
+    task_id: str = ""
+    trial: int = 0
+    attempt: int = 0
+    turn: int = -1
+    call_seq: int = -1
+    role: Role = ""
+    tool: str = ""
+    alias: str = ""
+    model: str = ""
+    endpoint: str = ""
+    status: Status = "ok"
+    error_kind: ErrorKind | None = None
+    error: str = ""
+    queue_s: float | None = None
+    prefill_s: float | None = None
+    decode_s: float | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    completion_tokens: int | None = None
+    cost_usd: float | None = None
+    retries: int = 0
+    search_backend: str = ""
+    local_hits: int | None = None
+    web_hits: int | None = None
+    exit_status: int | None = None
+    outcome: Outcome | None = None
+    is_correct: bool | None = None
+    verdict_method: str = ""
+    confidence: float | None = None
+    category: str = ""
+    answer_type: str = ""
+    is_replayed: bool = False
+    request_hash: str = ""
+    payload_hash: str = ""
+    detail: str = ""
+    worker: str = ""
