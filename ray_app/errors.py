@@ -9,6 +9,7 @@
     │   └── RunDirError           run directory: unwritable, in the package, in use, other config
     ├── InfrastructureError       run again on resume; never the model's fault
     │   ├── EndpointError         a model endpoint: down, 5xx, rate limit, hang
+    │   ├── AccessDenied          an endpoint refused the key or does not know the model
     │   ├── RetrieverError        the retriever: down, full, time limit
     │   ├── SandboxError          the sandbox itself could not run (not: the code in it failed)
     │   └── StorageError          run directory or object store
@@ -60,6 +61,10 @@ class InfrastructureError(EvalError):
 
 class EndpointError(InfrastructureError):
     """A model endpoint did not answer as the protocol says."""
+
+
+class AccessDenied(InfrastructureError):
+    """The endpoint refused the key or does not know the model: the user mends it, then resumes."""
 
 
 class RetrieverError(InfrastructureError):

@@ -16,7 +16,16 @@ from ray_app.errors import ErrorKind
 AnswerType = Literal["exactMatch", "multipleChoice"]
 Outcome = Literal["ok", "failed", "limited", "owed"]
 EventKind = Literal[
-    "run_start", "attempt", "turn", "model_call", "tool_call", "retrieval", "code", "verdict", "result", "run_end"
+    "run_start",
+    "attempt",
+    "turn",
+    "model_call",
+    "tool_call",
+    "retrieval",
+    "code",
+    "verdict",
+    "result",
+    "run_end",
 ]
 Role = Literal["", "orchestrator", "expert", "judge"]
 Status = Literal["ok", "error", "invalid"]

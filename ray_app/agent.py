@@ -1,0 +1,155 @@
+"""The turn loop: ask the orchestrator, run the tool it chose, until one of them answers.
+
+Knows a chat client (through `Caller`) and tools; nothing of benchmarks, judges, Ray or files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray_app.config import Limits, Orchestrator
+from ray_app.errors import LimitReached, ToolError
+from ray_app.journal import Journal
+from ray_app.prompting import Prompts
+from ray_app.records import ChatReply, Message, Task
+from ray_app.tools.base import Answer, Caller, Tool, schema
+from ray_app.workspace import Workspace, orchestrator_context
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A valid decision of the orchestrator."""
+
+    tool: Tool
+    alias: str
+
+
+@dataclass(frozen=True, slots=True)
+class Invalid:
+    """A reply that chose nothing; `reason` is told to the orchestrator in the next turn."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Agent:
+    """One orchestrator with its tools. Holds no state of a task; `run` may be called concurrently."""
+
+    config: Orchestrator
+    limits: Limits
+    tools: Sequence[Tool]
+    caller: Caller
+    prompts: Prompts
+
+    async def run(self, task: Task, journal: Journal) -> Answer:
+        """The answer to `task`. Raises LimitReached when a budget is used up before one is given."""
+        space = Workspace()
+        feedback = ""
+        for turn in range(self.limits.max_rounds):
+            self._check_limits(journal)
+            journal.turn = turn
+            started = journal.timer()
+            offered = self._offered(space)
+            chosen = choose(await self._decide(task, space, offered, feedback, journal), offered)
+            if isinstance(chosen, Invalid):
+                feedback = chosen.reason
+                journal.note("turn", started=started, status="invalid", error=feedback)
+                continue
+            answer, feedback = await self._use(chosen, task, space, journal)
+            journal.note("turn", started=started, detail=chosen.tool.name)
+            if answer is not None:
+                return answer
+        raise LimitReached(f"no answer within {self.limits.max_rounds} turns (limits.max_rounds)")
+
+    async def _decide(
+        self, task: Task, space: Workspace, offered: Mapping[str, Tool], feedback: str, journal: Journal
+    ) -> ChatReply:
+        journal.tool = journal.alias = ""
+        model = self.config.model
+        budget = self.caller.budget(model, self.config.budget, self.config.sampling)
+        context = orchestrator_context(space, task.question, budget, self.caller.tokens(model))
+        user = self.prompts.render(
+            "orchestrator",
+            question=task.question,
+            context=context,
+            feedback=self.prompts.render("invalid_call", reason=feedback) if feedback else "",
+        )
+        messages = (
+            Message("system", self.prompts.render("orchestrator_system").strip()),
+            Message("user", user, self.caller.images(model, task)),
+        )
+        schemas = tuple(schema(tool, self.caller.models) for tool in offered.values())
+        return await self.caller.ask(journal, "orchestrator", model, messages, self.config.sampling, schemas)
+
+    async def _use(
+        self, chosen: Choice, task: Task, space: Workspace, journal: Journal
+    ) -> tuple[Answer | None, str]:
+        """The tool's answer, if it gave one, and what the orchestrator is told if it failed."""
+        journal.tool, journal.alias = chosen.tool.name, chosen.alias
+        model = chosen.tool.aliases[chosen.alias].model
+        space.tools_used.append(chosen.tool.name)
+        started = journal.timer()
+        try:
+            answer = await chosen.tool.use(chosen.alias, task, space, journal)
+        except ToolError as error:
+            journal.note(
+                "tool_call",
+                started=started,
+                model=model,
+                status="error",
+                error_kind="tool",
+                error=str(error),
+            )
+            return None, str(error)
+        journal.note("tool_call", started=started, model=model)
+        return answer, ""
+
+    def _offered(self, space: Workspace) -> dict[str, Tool]:
+        """The tools of this turn; the explicit options of the config may leave one out."""
+        last = space.tools_used[-2:]
+        is_repeat = self.config.repeat_tool == "forbid" and len(last) == 2 and last[0] == last[1]
+        hidden = {last[0]} if is_repeat else set()
+        if self.config.require_documents and not space.documents:
+            hidden |= {"answer"}
+        offered: dict[str, Tool] = {tool.name: tool for tool in self.tools if tool.name not in hidden}
+        return offered or {tool.name: tool for tool in self.tools}
+
+    def _check_limits(self, journal: Journal) -> None:
+        used = journal.usage.prompt_tokens + journal.usage.completion_tokens
+        if self.limits.tokens is not None and used >= self.limits.tokens:
+            raise LimitReached(f"{used} tokens used (limits.tokens is {self.limits.tokens})")
+        if self.limits.cost_usd is not None and journal.cost_usd >= self.limits.cost_usd:
+            raise LimitReached(
+                f"${journal.cost_usd:.4f} spent (limits.cost_usd is ${self.limits.cost_usd:g})"
+            )
+
+
+def choose(reply: ChatReply, offered: Mapping[str, Tool]) -> Choice | Invalid:
+    """The first valid call of the reply, or why there is none. One tool runs in each turn."""
+    if not reply.tool_calls:
+        return Invalid(f"no tool was called; call one of {', '.join(offered)}")
+    reasons = []
+    for call in reply.tool_calls:
+        if call.name not in offered:
+            reasons.append(f"{call.name!r} is not offered now; call one of {', '.join(offered)}")
+            continue
+        tool = offered[call.name]
+        alias = _alias(call.arguments)
+        if isinstance(alias, str) and alias in tool.aliases:
+            return Choice(tool, alias)
+        allowed = ", ".join(tool.aliases)
+        reasons.append(
+            f'{call.name} needs the arguments {{"model": one of {allowed}}}, got {call.arguments[:200]}'
+        )
+    return Invalid("; ".join(reasons))
+
+
+def _alias(arguments: str) -> Any:
+    try:
+        value = json.loads(arguments)
+    except ValueError:
+        return None
+    return value.get("model") if isinstance(value, dict) else None

@@ -1,0 +1,328 @@
+"""The run config: one YAML file, checked once, resolved to one frozen object.
+
+Order of precedence: command line (`--set key=value`), environment (`CONCURRENCY`, `MAX_ROUNDS`,
+`EXAMPLE_PATH`, `RUN_NAME`), file, defaults. An unknown key is an error that names the nearest known
+one. Keys of API services are named here (`api_key_env`), their values never read or stored.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ray_app.errors import ConfigError
+from ray_app.records import digest
+
+ToolName = Literal["enhance_reasoning", "search", "answer"]
+TOOL_NAMES: tuple[ToolName, ...] = ("enhance_reasoning", "search", "answer")
+
+# Keys that change how fast or where a run goes, never what it measures: a resume may differ in them.
+OPERATIONAL_KEYS = frozenset(
+    {"run_name", "concurrency", "workers", "attempts", "services", "endpoints_file", "retriever", "prompts"}
+)
+ENVIRONMENT_KEYS = {
+    "CONCURRENCY": "concurrency",
+    "MAX_ROUNDS": "limits.max_rounds",
+    "EXAMPLE_PATH": "dataset.path",
+    "RUN_NAME": "run_name",
+}
+
+
+class Section(BaseModel):
+    """Base of every config section: unknown keys are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Endpoint(Section):
+    """Where a model answers: a URL, or the name of an application in the Serve config."""
+
+    base_url: str | None = None
+    service: str | None = None
+    api_key_env: str | None = Field(None, description="name of the variable that holds the key")
+
+    @model_validator(mode="after")
+    def _one_address(self) -> Endpoint:
+        if (self.base_url is None) == (self.service is None):
+            raise ValueError("expected exactly one of base_url and service")
+        return self
+
+
+class Price(Section):
+    """US dollars per million tokens; cached input costs `input` unless said otherwise."""
+
+    input: float = Field(0.0, ge=0)
+    output: float = Field(0.0, ge=0)
+    cached_input: float | None = Field(None, ge=0)
+
+
+class ModelConfig(Section):
+    """One model: its endpoints and what a caller must know to stay inside its limits."""
+
+    endpoints: tuple[Endpoint, ...] = Field(min_length=1)
+    served_name: str | None = Field(None, description="the name that the endpoint knows it by")
+    context_length: int = Field(32768, gt=0)
+    tokenizer: str = Field("words", description="words, or a tokenizer.json / hub id of the model's own")
+    price: Price = Price()
+    accepts_images: bool = False
+    answer_format: Literal["tags", "boxed"] = "tags"
+    timeout_s: float = Field(600.0, gt=0)
+    extra_body: dict[str, Any] = {}
+
+
+class Sampling(Section):
+    """What a call asks for. None leaves a field to the endpoint."""
+
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    max_tokens: int = Field(8000, gt=0)
+    seed: int | None = None
+
+
+class ContextBudget(Section):
+    """How much gathered text a prompt carries, in tokens of the called model."""
+
+    context_tokens: int = Field(24000, gt=0)
+    code_tokens: int = Field(12000, gt=0)
+    document_chars: int | None = Field(1000, gt=0, description="per document; null for the whole text")
+
+
+class Alias(Section):
+    """A name that the orchestrator may choose for a tool, and the model behind it."""
+
+    model: str
+    blurb: str = Field("", description="what the orchestrator is told about it")
+    latency_s: float | None = Field(None, description="typical seconds a call, told to the orchestrator")
+    sampling: Sampling = Sampling()
+    budget: ContextBudget = ContextBudget()
+
+
+class Orchestrator(Section):
+    """The model that picks tools. The problem's own tokens come out of `budget.context_tokens`."""
+
+    model: str
+    sampling: Sampling = Sampling(temperature=1.0, max_tokens=12000)
+    budget: ContextBudget = ContextBudget(context_tokens=27000, code_tokens=12000, document_chars=1200)
+    require_documents: bool = Field(False, description="refuse `answer` while no document was found")
+    repeat_tool: Literal["allow", "forbid"] = Field(
+        "allow", description="forbid: a tool used in the last two turns is not offered"
+    )
+
+
+class Judge(Section):
+    model: str
+    sampling: Sampling = Sampling(temperature=0.0, max_tokens=4096)
+
+
+class Dataset(Section):
+    """`path`: "sample", a JSONL file in the HLE format, or the hub name cais/hle."""
+
+    path: str = "sample"
+    revision: str | None = Field(None, description="commit of the hub dataset; required for cais/hle")
+    token_env: str = "HF_TOKEN"
+    subset: Literal["all", "text"] = Field("all", description="text: leave out questions with an image")
+    policy: Literal["scoped", "subset", "unscoped"] = Field(
+        "scoped",
+        description="scoped: every question needs a scope; subset: run those that have one; "
+        "unscoped: search the whole corpus",
+    )
+    scopes: str | None = Field(None, description="examples.json: question id -> allowed document ids")
+    limit: int | None = Field(None, gt=0)
+
+
+class Retriever(Section):
+    """An application of the Serve config (called by handle), or a URL with the `/retrieve` contract."""
+
+    service: str | None = "retriever"
+    url: str | None = None
+    top_k: int = Field(50, gt=0)
+    timeout_s: float = Field(60.0, gt=0)
+    query_chars: int = Field(390, gt=0)
+    min_query_chars: int = Field(5, ge=0)
+    enabled: bool = True
+
+
+class Limits(Section):
+    """Budgets of one task; reaching one is an outcome (`limited`), not an error."""
+
+    max_rounds: int = Field(50, gt=0)
+    wall_s: float | None = Field(None, gt=0)
+    tokens: int | None = Field(None, gt=0)
+    cost_usd: float | None = Field(None, gt=0)
+
+
+class CodeExecution(Section):
+    enabled: bool = True
+    wall_s: float = Field(60.0, gt=0)
+    memory_mib: int = Field(2048, gt=0)
+    require_isolation: bool = Field(False, description="refuse to run where a sandbox layer is missing")
+
+
+class RunConfig(Section):
+    """Everything that a run depends on. `jobs/hle.py --config FILE` reads it."""
+
+    benchmark: Literal["hle"] = "hle"
+    run_name: str | None = None
+    protocol: Literal["toolorchestra", "hle-style"] = "toolorchestra"
+    dataset: Dataset = Dataset()
+    orchestrator: Orchestrator
+    tools: dict[ToolName, dict[str, Alias]]
+    judge: Judge
+    models: dict[str, ModelConfig]
+    retriever: Retriever = Retriever()
+    code: CodeExecution = CodeExecution()
+    limits: Limits = Limits()
+    trials: int = Field(1, gt=0)
+    attempts: int = Field(3, gt=0, description="attempts per task while infrastructure fails")
+    concurrency: int = Field(64, gt=0, description="tasks in flight over all workers")
+    workers: int = Field(2, gt=0)
+    prompts: str | None = Field(None, description="folder of templates that replace ours")
+    services: str | None = Field(
+        "serve_config.yaml", description="Serve config to deploy what is missing from"
+    )
+    endpoints_file: str | None = Field(
+        None, description="model -> [{ip_addr, port}] JSON that overrides endpoints"
+    )
+
+    @model_validator(mode="after")
+    def _names_resolve(self) -> RunConfig:
+        wanted = {"orchestrator.model": self.orchestrator.model, "judge.model": self.judge.model}
+        for tool, aliases in self.tools.items():
+            if not aliases:
+                raise ValueError(f"tools.{tool}: expected at least one alias, or leave the tool out")
+            wanted |= {f"tools.{tool}.{name}.model": alias.model for name, alias in aliases.items()}
+        for where, model in wanted.items():
+            if model not in self.models:
+                raise ValueError(f"{where}: unknown model {model!r}; models has {', '.join(self.models)}")
+        if "answer" not in self.tools:
+            raise ValueError("tools: expected at least `answer`; without it no question can end")
+        return self
+
+    def measured(self) -> dict[str, Any]:
+        """The part of the config that decides what is measured; the rest may differ on resume."""
+        whole = self.model_dump(mode="json")
+        whole["models"] = {
+            name: {key: value for key, value in model.items() if key not in {"endpoints", "timeout_s"}}
+            for name, model in whole["models"].items()
+        }
+        return {key: value for key, value in whole.items() if key not in OPERATIONAL_KEYS}
+
+    @property
+    def digest(self) -> str:
+        return digest(self.measured())
+
+
+def load(path: Path, overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> RunConfig:
+    """Read `path`, apply the environment and `key=value` overrides, check everything.
+
+    Raises ConfigError with one line that names the key, the value and what was expected.
+    """
+    environ = os.environ if environ is None else environ
+    values = _read_yaml(path)
+    for variable, key in ENVIRONMENT_KEYS.items():
+        if environ.get(variable):
+            _assign(values, key, environ[variable], source=variable)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise ConfigError(
+                f"--set {override!r}: expected key=value, for example --set limits.max_rounds=10"
+            )
+        _assign(values, key.strip(), text, source=f"--set {key.strip()}")
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error)}") from None
+    return _with_endpoints_file(config) if config.endpoints_file else config
+
+
+def explain(error: ValidationError) -> str:
+    """The first problem of a pydantic error in one line, with the nearest known key for a typo."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the file"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(first["loc"][-1]), _all_keys(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"unknown key {where!r}{hint}{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"{where}: {message.lower()}{more}"
+    value = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
+    return f"{where}: {message[:1].lower()}{message[1:]}{value}{more}"
+
+
+def _all_keys() -> list[str]:
+    sections = Section.__subclasses__()
+    return sorted({key for section in sections for key in section.model_fields})
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"--config {path}: {error.strerror}; expected a run config such as configs/hle_sample.yaml"
+        ) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of config keys, got {type(values).__name__}")
+    return values
+
+
+def _assign(values: dict[str, Any], key: str, text: str, *, source: str) -> None:
+    *parents, last = key.split(".")
+    section: Any = values
+    for part in parents:
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"{source}: {part!r} is a value, not a section")
+    section[last] = yaml.safe_load(text) if last != "run_name" else text
+
+
+def _with_endpoints_file(config: RunConfig) -> RunConfig:
+    """Replace endpoints by those of a `{model: [{"ip_addr", "port"}]}` file; empty lists are ignored."""
+    path = Path(config.endpoints_file or "")
+    try:
+        listed = json.loads(path.read_text())
+        found = {
+            name: tuple(Endpoint(base_url=f"http://{item['ip_addr']}:{item['port']}/v1") for item in items)
+            for name, items in listed.items()
+            if name in config.models and items
+        }
+    except OSError as error:
+        raise ConfigError(f"endpoints_file {path}: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f'endpoints_file {path}: expected {{"model": [{{"ip_addr": ..., "port": ...}}]}} ({error})'
+        ) from None
+    models = {
+        name: model.model_copy(update={"endpoints": found.get(name, model.endpoints)})
+        for name, model in config.models.items()
+    }
+    retriever = config.retriever
+    if listed.get("retrieval"):
+        first = listed["retrieval"][0]
+        url = f"http://{first['ip_addr']}:{first['port']}"
+        retriever = retriever.model_copy(update={"service": None, "url": url})
+    return config.model_copy(update={"models": models, "retriever": retriever})
+
+
+def differing_keys(mine: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two resolved configs."""
+    keys: list[str] = []
+    for key in sorted(set(mine) | set(other)):
+        left, right = mine.get(key), other.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            keys += differing_keys(left, right, f"{prefix}{key}.")
+        elif left != right:
+            keys.append(f"{prefix}{key}")
+    return keys

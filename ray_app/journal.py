@@ -1,0 +1,225 @@
+"""Every outside call of a task, recorded once and served again on resume.
+
+A task is a deterministic function of its calls' outputs (model replies, retrieved documents, code
+output). So the checkpoint of a task is the list of its completed calls: a resumed task runs from
+the start, is given each recorded output whose request is still the same, and goes on live where the
+record ends, in mid-turn. What is recorded is only outputs; prompts follow from them.
+
+Does not cover: outputs that the log had not flushed when its process died; they are asked again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Generic, Protocol, TypeVar
+
+from ray_app.errors import EvalError, kind_of
+from ray_app.records import (
+    ChatReply,
+    Event,
+    EventKind,
+    ExecutionResult,
+    Hit,
+    Role,
+    Task,
+    ToolCall,
+    Usage,
+    digest,
+)
+
+T = TypeVar("T")
+
+
+class EventSink(Protocol):
+    """Where events and payloads go; `events.EventWriter` is the real one."""
+
+    def append(self, event: Event) -> str: ...
+
+    def payload(self, body: str, media: str = "json") -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedCall:
+    """A completed call from the log: its place, what was asked, and its output."""
+
+    call_seq: int
+    request_hash: str
+    body: str
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Codec(Generic[T]):
+    """How one kind of output becomes a payload and event columns, and comes back.
+
+    `texts` names the long texts that are stored once each, by content, beside the payload.
+    """
+
+    kind: EventKind
+    encode: Callable[[T, Callable[[str], str]], str]
+    decode: Callable[[str, Mapping[str, str]], T]
+    columns: Callable[[T], dict[str, Any]]
+
+
+@dataclass
+class Journal:
+    """The calls of one attempt at one task. Not shared between tasks.
+
+    Callers set `turn`, `tool` and `alias` before a call; they label its event.
+    """
+
+    task: Task
+    sink: EventSink
+    base: Event
+    recorded: Sequence[RecordedCall] = ()
+    turn: int = -1
+    tool: str = ""
+    alias: str = ""
+    calls: list[RecordedCall] = field(default_factory=list)
+    usage: Usage = field(default_factory=Usage)
+    cost_usd: float = 0.0
+    live_model_calls: int = 0
+    replayed: int = 0
+    clock: Callable[[], float] = time.time
+    timer: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        self._known = {(call.call_seq, call.request_hash): call for call in self.recorded}
+        self.started = self.timer()
+
+    async def call(
+        self, codec: Codec[T], request: Any, perform: Callable[[], Awaitable[T]], *, role: Role = ""
+    ) -> T:
+        """The recorded output of this call, or `perform()`'s, recorded before it is returned.
+
+        `request` is plain JSON data that decides the output. Errors are recorded as events and raised.
+        """
+        seq, request_hash = len(self.calls), digest([codec.kind, request])
+        known = self._known.get((seq, request_hash))
+        if known is not None:
+            self.replayed += 1
+            self.calls.append(known)
+            return self._counted(codec.decode(known.body, known.texts))
+        row = self._row(codec.kind, seq, role, request_hash)
+        started = self.timer()
+        try:
+            output = await perform()
+        except Exception as error:
+            self._fail(row, started, error)
+            raise
+        self.live_model_calls += codec.kind == "model_call"
+        self._record(codec, row, output, self.timer() - started)
+        return self._counted(output)
+
+    def note(self, kind: EventKind, *, started: float | None = None, **columns: Any) -> None:
+        """Add an event that is no call: a turn, a tool call as a whole, a verdict."""
+        duration = 0.0 if started is None else self.timer() - started
+        row = self._row(kind, -1, "", "")
+        self.sink.append(replace(row, t_start=row.t_start - duration, duration_s=duration, **columns))
+
+    def _row(self, kind: EventKind, seq: int, role: Role, request_hash: str) -> Event:
+        return replace(
+            self.base,
+            kind=kind,
+            t_start=self.clock(),
+            turn=self.turn,
+            call_seq=seq,
+            role=role,
+            tool=self.tool,
+            alias=self.alias,
+            request_hash=request_hash,
+        )
+
+    def _record(self, codec: Codec[T], row: Event, output: T, duration_s: float) -> None:
+        texts: dict[str, str] = {}
+
+        def keep(text: str) -> str:
+            key = self.sink.payload(text, "text")
+            texts[key] = text
+            return key
+
+        body = codec.encode(output, keep)
+        payload_hash = self.sink.payload(body)
+        columns = codec.columns(output)
+        self.sink.append(replace(row, duration_s=duration_s, payload_hash=payload_hash, **columns))
+        self.calls.append(RecordedCall(row.call_seq, row.request_hash, body, texts))
+
+    def _fail(self, row: Event, started: float, error: Exception) -> None:
+        message = str(error) if isinstance(error, EvalError) else f"{type(error).__name__}: {error}"
+        failed = replace(row, duration_s=self.timer() - started, status="error", error_kind=kind_of(error))
+        self.sink.append(replace(failed, error=message[:2000]))
+
+    def _counted(self, output: T) -> T:
+        if isinstance(output, ChatReply):
+            self.cost_usd += output.cost_usd
+            self.usage = Usage(
+                self.usage.prompt_tokens + output.usage.prompt_tokens,
+                self.usage.completion_tokens + output.usage.completion_tokens,
+                self.usage.cached_tokens + output.usage.cached_tokens,
+            )
+        return output
+
+    @property
+    def elapsed_s(self) -> float:
+        return self.timer() - self.started
+
+
+def _encode_chat(reply: ChatReply, keep: Callable[[str], str]) -> str:
+    return json.dumps(asdict(reply), ensure_ascii=False)
+
+
+def _decode_chat(body: str, texts: Mapping[str, str]) -> ChatReply:
+    value = json.loads(body)
+    calls = tuple(ToolCall(**call) for call in value.pop("tool_calls"))
+    return ChatReply(**{**value, "usage": Usage(**value.pop("usage"))}, tool_calls=calls)
+
+
+def _chat_columns(reply: ChatReply) -> dict[str, Any]:
+    return {
+        "model": reply.model,
+        "endpoint": reply.endpoint,
+        "queue_s": reply.queue_s,
+        "prefill_s": reply.prefill_s,
+        "decode_s": reply.decode_s,
+        "prompt_tokens": reply.usage.prompt_tokens,
+        "cached_tokens": reply.usage.cached_tokens,
+        "completion_tokens": reply.usage.completion_tokens,
+        "cost_usd": reply.cost_usd,
+        "retries": reply.retries,
+    }
+
+
+def _encode_hits(hits: list[Hit], keep: Callable[[str], str]) -> str:
+    rows = [{**asdict(hit), "text": keep(hit.text)} for hit in hits]
+    return json.dumps(rows, ensure_ascii=False)
+
+
+def _decode_hits(body: str, texts: Mapping[str, str]) -> list[Hit]:
+    return [Hit(**{**row, "text": texts[row["text"]]}) for row in json.loads(body)]
+
+
+def _hit_columns(hits: list[Hit]) -> dict[str, Any]:
+    web = sum(hit.source == "tavily" for hit in hits)
+    backend = "tavily_fallback" if web else "local_only"
+    return {"search_backend": backend, "local_hits": len(hits) - web, "web_hits": web}
+
+
+def _encode_run(result: ExecutionResult, keep: Callable[[str], str]) -> str:
+    return json.dumps(asdict(result), ensure_ascii=False)
+
+
+def _decode_run(body: str, texts: Mapping[str, str]) -> ExecutionResult:
+    value = json.loads(body)
+    return ExecutionResult(**{**value, "isolation": tuple(value["isolation"])})
+
+
+def _run_columns(result: ExecutionResult) -> dict[str, Any]:
+    return {"exit_status": result.exit_status, "detail": ",".join(result.isolation)}
+
+
+CHAT: Codec[ChatReply] = Codec("model_call", _encode_chat, _decode_chat, _chat_columns)
+RETRIEVAL: Codec[list[Hit]] = Codec("retrieval", _encode_hits, _decode_hits, _hit_columns)
+CODE: Codec[ExecutionResult] = Codec("code", _encode_run, _decode_run, _run_columns)
