@@ -104,12 +104,27 @@ class Alias(Section):
     budget: ContextBudget = ContextBudget()
 
 
+class OrchestratorSampling(Sampling):
+    temperature: float | None = Field(1.0, ge=0)
+    max_tokens: int = Field(12000, gt=0)
+
+
+class OrchestratorBudget(ContextBudget):
+    context_tokens: int = Field(27000, gt=0)
+    document_chars: int | None = Field(1200, gt=0, description="per document; null for the whole text")
+
+
+class JudgeSampling(Sampling):
+    temperature: float | None = Field(0.0, ge=0)
+    max_tokens: int = Field(4096, gt=0)
+
+
 class Orchestrator(Section):
     """The model that picks tools. The problem's own tokens come out of `budget.context_tokens`."""
 
     model: str
-    sampling: Sampling = Sampling(temperature=1.0, max_tokens=12000)
-    budget: ContextBudget = ContextBudget(context_tokens=27000, code_tokens=12000, document_chars=1200)
+    sampling: OrchestratorSampling = OrchestratorSampling()
+    budget: OrchestratorBudget = OrchestratorBudget()
     require_documents: bool = Field(False, description="refuse `answer` while no document was found")
     repeat_tool: Literal["allow", "forbid"] = Field(
         "allow", description="forbid: a tool used in the last two turns is not offered"
@@ -118,7 +133,7 @@ class Orchestrator(Section):
 
 class Judge(Section):
     model: str
-    sampling: Sampling = Sampling(temperature=0.0, max_tokens=4096)
+    sampling: JudgeSampling = JudgeSampling()
 
 
 class Dataset(Section):

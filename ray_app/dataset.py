@@ -114,7 +114,9 @@ def _file_rows(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], str]:
         lines = body.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         number = body.count(b"\n", 0, error.start) + 1
-        raise DatasetError(f"{path} line {number}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+        raise DatasetError(
+            f"{path} line {number}: not UTF-8 (byte {error.start}); save it as UTF-8"
+        ) from None
     return list(_parse(lines, path)), hashlib.sha256(body).hexdigest()
 
 

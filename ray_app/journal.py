@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from ray_app.errors import EvalError, kind_of
 from ray_app.records import (
@@ -38,7 +38,7 @@ class EventSink(Protocol):
 
     def append(self, event: Event) -> str: ...
 
-    def payload(self, body: str, media: str = "json") -> str: ...
+    def payload(self, body: str, media: Literal["json", "text"] = "json") -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +91,18 @@ class Journal:
         self.started = self.timer()
 
     async def call(
-        self, codec: Codec[T], request: Any, perform: Callable[[], Awaitable[T]], *, role: Role = ""
+        self,
+        codec: Codec[T],
+        request: Any,
+        perform: Callable[[], Awaitable[T]],
+        *,
+        role: Role = "",
+        check: Callable[[T], object] | None = None,
     ) -> T:
         """The recorded output of this call, or `perform()`'s, recorded before it is returned.
 
-        `request` is plain JSON data that decides the output. Errors are recorded as events and raised.
+        `request` is plain JSON data that decides the output. An output that `check` refuses (by
+        raising) is kept as evidence, counted, and never served again. Errors become events and rise.
         """
         seq, request_hash = len(self.calls), digest([codec.kind, request])
         known = self._known.get((seq, request_hash))
@@ -108,11 +115,19 @@ class Journal:
         try:
             output = await perform()
         except Exception as error:
-            self._fail(row, started, error)
+            self.sink.append(_failed(replace(row, duration_s=self.timer() - started), error))
             raise
+        row = replace(row, duration_s=self.timer() - started)
         self.live_model_calls += codec.kind == "model_call"
-        self._record(codec, row, output, self.timer() - started)
-        return self._counted(output)
+        self._counted(output)
+        try:
+            if check is not None:
+                check(output)
+        except Exception as error:
+            self._record(codec, _failed(row, error), output)
+            raise
+        self.calls.append(self._record(codec, row, output))
+        return output
 
     def note(self, kind: EventKind, *, started: float | None = None, **columns: Any) -> None:
         """Add an event that is no call: a turn, a tool call as a whole, a verdict."""
@@ -133,7 +148,7 @@ class Journal:
             request_hash=request_hash,
         )
 
-    def _record(self, codec: Codec[T], row: Event, output: T, duration_s: float) -> None:
+    def _record(self, codec: Codec[T], row: Event, output: T) -> RecordedCall:
         texts: dict[str, str] = {}
 
         def keep(text: str) -> str:
@@ -142,15 +157,8 @@ class Journal:
             return key
 
         body = codec.encode(output, keep)
-        payload_hash = self.sink.payload(body)
-        columns = codec.columns(output)
-        self.sink.append(replace(row, duration_s=duration_s, payload_hash=payload_hash, **columns))
-        self.calls.append(RecordedCall(row.call_seq, row.request_hash, body, texts))
-
-    def _fail(self, row: Event, started: float, error: Exception) -> None:
-        message = str(error) if isinstance(error, EvalError) else f"{type(error).__name__}: {error}"
-        failed = replace(row, duration_s=self.timer() - started, status="error", error_kind=kind_of(error))
-        self.sink.append(replace(failed, error=message[:2000]))
+        self.sink.append(replace(row, payload_hash=self.sink.payload(body), **codec.columns(output)))
+        return RecordedCall(row.call_seq, row.request_hash, body, texts)
 
     def _counted(self, output: T) -> T:
         if isinstance(output, ChatReply):
@@ -165,6 +173,11 @@ class Journal:
     @property
     def elapsed_s(self) -> float:
         return self.timer() - self.started
+
+
+def _failed(row: Event, error: Exception) -> Event:
+    message = str(error) if isinstance(error, EvalError) else f"{type(error).__name__}: {error}"
+    return replace(row, status="error", error_kind=kind_of(error), error=message[:2000])
 
 
 def _encode_chat(reply: ChatReply, keep: Callable[[str], str]) -> str:

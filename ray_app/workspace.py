@@ -13,6 +13,7 @@ from ray_app.records import ExecutionResult, Hit
 from ray_app.tokens import TokenCounter, count, tail
 
 FENCE = "```"
+DOCUMENTS_HEADING = "Documents:\n\n"
 CODE_HEADING = "Python programs that were run, with their output:\n\n"
 MAX_STDERR_CHARS = 2000
 
@@ -46,9 +47,9 @@ class Workspace:
     def add_hits(self, hits: list[Hit]) -> int:
         """Add unseen texts, best hit last (nearest to the end that a cut keeps); returns how many."""
         known = set(self.documents)
-        fresh = [hit.text for hit in reversed(hits) if hit.text not in known]
-        self.documents.extend(dict.fromkeys(fresh))
-        return len(self.documents) - len(known)
+        fresh = list(dict.fromkeys(hit.text for hit in hits if hit.text not in known))
+        self.documents.extend(reversed(fresh))
+        return len(fresh)
 
     def documents_text(self, document_chars: int | None) -> str:
         return "".join(
@@ -71,7 +72,7 @@ def orchestrator_context(space: Workspace, question: str, budget: ContextBudget,
     room = budget.context_tokens - count(question, tokens)
     code = space.code_text()
     kept = _cut_code(code, min(budget.code_tokens, room), tokens)
-    if code and count(code, tokens) >= room:
+    if code and count(CODE_HEADING + code, tokens) >= room:
         return kept
     heading = CODE_HEADING if kept else ""
     return _with_documents(space, heading + kept, room, budget, tokens)
@@ -87,9 +88,9 @@ def expert_context(space: Workspace, question: str, budget: ContextBudget, token
 def _with_documents(
     space: Workspace, code: str, room: int, budget: ContextBudget, tokens: TokenCounter
 ) -> str:
-    left = room - count(code, tokens)
+    left = room - count(code, tokens) - count(DOCUMENTS_HEADING, tokens)
     documents = tail(space.documents_text(budget.document_chars), left, tokens)
-    return (f"Documents:\n\n{documents}" if documents else "") + code
+    return (DOCUMENTS_HEADING + documents if documents else "") + code
 
 
 def _cut_code(text: str, limit: int, tokens: TokenCounter) -> str:
@@ -97,4 +98,5 @@ def _cut_code(text: str, limit: int, tokens: TokenCounter) -> str:
     kept = tail(text, limit, tokens)
     if not kept or len(kept) == len(text) or kept.startswith(FENCE):
         return kept
-    return f"{FENCE}\n{kept}"
+    opening = f"{FENCE}\n"
+    return opening + tail(text, limit - count(opening, tokens), tokens)

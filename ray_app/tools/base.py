@@ -6,7 +6,7 @@ once. A ToolError is told to the orchestrator in its next turn; other errors end
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,9 +30,14 @@ class Answer:
 
 
 class Tool(Protocol):
-    name: ToolName
-    purpose: str
-    aliases: Mapping[str, Alias]
+    @property
+    def name(self) -> ToolName: ...
+
+    @property
+    def purpose(self) -> str: ...
+
+    @property
+    def aliases(self) -> Mapping[str, Alias]: ...
 
     async def use(self, alias: str, task: Task, space: Workspace, journal: Journal) -> Answer | None:
         """Add to `space`, or return the answer. Raises ToolError with what the model should know."""
@@ -54,7 +59,9 @@ class Caller:
         messages: tuple[Message, ...],
         sampling: Sampling,
         tools: tuple[Mapping[str, Any], ...] = (),
+        check: Callable[[ChatReply], object] | None = None,
     ) -> ChatReply:
+        """One model call of the task; a reply that `check` refuses is never served on resume."""
         request = ChatRequest(model, messages, sampling, tools, session=journal.task.rollout_key)
         asked = {
             "model": model,
@@ -62,7 +69,7 @@ class Caller:
             "sampling": sampling.model_dump(),
             "tools": list(tools),
         }
-        return await journal.call(CHAT, asked, lambda: self.client.complete(request), role=role)
+        return await journal.call(CHAT, asked, lambda: self.client.complete(request), role=role, check=check)
 
     def context(self, alias: Alias, task: Task, space: Workspace) -> str:
         """What the alias's model is shown of the workspace, inside its budget and its own context."""
