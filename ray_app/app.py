@@ -1,0 +1,54 @@
+"""The applications that `serve_config.yaml` names, as typed builders.
+
+Each deployment carries a digest of its arguments and of the code, so that a job can tell whether what
+is deployed is what it would deploy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, model_validator
+from ray.serve import Application
+
+from ray_app.baseline.deployment import BaselineConfig, baseline_app
+from ray_app.records import digest
+from ray_app.retrieval.deployment import RetrieverConfig, retriever_app
+from ray_app.rundir import code_digest, commit, home
+from ray_app.sample.prepare import prepare, sample_files
+
+
+class RetrieverArgs(RetrieverConfig):
+    """Arguments of `retriever`. `sample: true` stands for the bundled corpus and its scopes."""
+
+    sample: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sample_paths(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = {"cache_dir": str(home() / "indexes"), **values}
+        if values.get("sample"):
+            files = sample_files(home())
+            values |= {"corpus_jsonl": str(files.corpus), "examples": str(files.examples)}
+        return values
+
+
+def retriever(args: RetrieverArgs) -> Application:
+    """The retriever: `/retrieve` and `/health`, and `retrieve` by handle."""
+    if args.sample:
+        prepare(home())
+    commit()  # noted for jobs that run from a copy of this code without its repository
+    return retriever_app(args, service_digest("ray_app.app:retriever", args))
+
+
+def baseline(args: BaselineConfig) -> Application:
+    """The rule-based baseline models behind the OpenAI chat-completions API."""
+    commit()
+    return baseline_app(args, service_digest("ray_app.app:baseline", args))
+
+
+def service_digest(import_path: str, args: BaseModel) -> str:
+    """Equal for equal arguments and equal code."""
+    return digest([import_path, args.model_dump(mode="json"), code_digest()])

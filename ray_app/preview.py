@@ -1,0 +1,162 @@
+"""`--plan`: what a run would do and cost, and what it lacks, before anything is started or paid."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ray_app import engine, events, services
+from ray_app.chat import Router, cost
+from ray_app.config import RunConfig
+from ray_app.driver import Job
+from ray_app.records import Usage
+
+# Without a run to learn from: three turns, each an orchestrator and an expert call, then the judge.
+ASSUMED_TURNS = 3
+ASSUMED_USAGE = Usage(prompt_tokens=8000, completion_tokens=1000)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Expected model calls and US dollars of the tasks that are left, and where that comes from."""
+
+    calls: float
+    cost_usd: float
+    basis: str
+
+
+@dataclass(frozen=True, slots=True)
+class RouteRow:
+    """A name that calls are made under, the model and address behind it, and the probe's answer."""
+
+    name: str
+    model: str
+    address: str
+    problem: str
+
+
+def show(job: Job, work: engine.Plan, console: Console) -> bool:
+    """Print the plan. Returns whether everything that the run needs is there or can be started."""
+    owed = _outcomes(job.run_dir).get("owed", 0)
+    console.print(f"Run directory: {job.run_dir}", soft_wrap=True, highlight=False)
+    console.print(
+        f"Tasks: {len(work.items)} to run ({owed} of them owed a verdict only), "
+        f"{work.skipped} skipped as done; {work.kept.line()}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    console.print(_scope_line(job), soft_wrap=True, highlight=False)
+    rows = asyncio.run(_routes(job))
+    console.print(_route_table(rows))
+    estimate = expected(job, len(work.items))
+    console.print(
+        f"Expected: about {estimate.calls:,.0f} model calls, ${estimate.cost_usd:,.2f} ({estimate.basis})",
+        highlight=False,
+    )
+    problems = [
+        f"{row.name}: {row.problem}" for row in rows if row.problem and not row.problem.startswith("(")
+    ]
+    for problem in problems:
+        console.print(f"missing: {problem}", style="red", markup=False, soft_wrap=True, highlight=False)
+    console.print("Nothing was started or paid.", highlight=False)
+    return not problems
+
+
+def _outcomes(run_dir: Path) -> Mapping[str, int]:
+    if not (run_dir / "log").exists():
+        return {}
+    return Counter(events.results(run_dir)["outcome"].to_pylist())
+
+
+def _scope_line(job: Job) -> str:
+    scoped = sum(task.scope is not None for task in job.tasks)
+    sizes = sorted(len(task.scope) for task in job.tasks if task.scope is not None)
+    spread = f"; {sizes[0]} to {sizes[-1]} documents each, median {sizes[len(sizes) // 2]}" if sizes else ""
+    left_out = "".join(f"; {count} left out: {reason}" for reason, count in job.data.left_out.items())
+    policy = job.config.dataset.policy
+    return f"Scopes: {scoped} of {len(job.tasks)} questions scoped ({policy}){spread}{left_out}"
+
+
+def expected(job: Job, tasks: int) -> Estimate:
+    """From the run's own finished tasks where there are any, else from the assumed call sizes."""
+    if (job.run_dir / "log").exists():
+        finished, calls, spent = _so_far(job.run_dir)
+        if finished:
+            share = tasks / finished
+            return Estimate(calls * share, spent * share, f"from {finished} finished tasks of this run")
+    call = ASSUMED_USAGE
+    per_task = ASSUMED_TURNS * _mean_cost(job.config, call) + cost(
+        call, job.config.models[job.config.judge.model]
+    )
+    basis = (
+        f"assuming {ASSUMED_TURNS} turns and a judge a task, {call.prompt_tokens:,} tokens in and "
+        f"{call.completion_tokens:,} out a call"
+    )
+    return Estimate(tasks * (2 * ASSUMED_TURNS + 1), tasks * per_task, basis)
+
+
+def _mean_cost(config: RunConfig, call: Usage) -> float:
+    """US dollars of one turn: the orchestrator and an expert of average price."""
+    experts = [cost(call, config.models[a.model]) for tool in config.tools.values() for a in tool.values()]
+    return cost(call, config.models[config.orchestrator.model]) + sum(experts) / len(experts)
+
+
+def _so_far(run_dir: Path) -> tuple[int, int, float]:
+    row = events.connect(run_dir).execute(
+        "select (select count(*) from results), count(*), coalesce(sum(cost_usd), 0) "
+        "from events where kind = 'model_call'"
+    )
+    finished, calls, spent = row.fetchall()[0]
+    return finished, calls, spent
+
+
+async def _routes(job: Job) -> list[RouteRow]:
+    """Every route of the run with a probe; "(...)" marks what the job itself will start."""
+    config, urls = job.config, job.serve_config.urls()
+    router = Router(config.models, urls)
+    down = {
+        name: await services.probe(f"{job.serve_config.root(name)}/health")
+        for name in services.needed(config)
+    }
+    problems = {}
+    for name, model in config.models.items():
+        waiting = [item.service for item in model.endpoints if item.service and down.get(item.service)]
+        problems[name] = f"(service {waiting[0]} will be started)" if waiting else await router.probe(name)
+    addresses = {name: ", ".join(found) for name, found in router.routes().items()}
+    rows = [RouteRow(name, model, addresses[model], problems[model]) for name, model in _names(config)]
+    await router.close()
+    return [*rows, *await _retriever_row(job, down)]
+
+
+async def _retriever_row(job: Job, down: Mapping[str, Any]) -> list[RouteRow]:
+    settings = job.config.retriever
+    if not settings.enabled or "search" not in job.config.tools:
+        return []
+    if settings.url is not None:
+        problem = await services.probe(f"{settings.url}/health")
+        return [RouteRow("retriever", "", settings.url, problem)]
+    name = settings.service or ""
+    problem = "(will be started)" if down.get(name) else ""
+    return [RouteRow("retriever", "", job.serve_config.root(name) or "", problem)]
+
+
+def _names(config: RunConfig) -> Iterator[tuple[str, str]]:
+    yield "orchestrator", config.orchestrator.model
+    for tool, aliases in config.tools.items():
+        for name, alias in aliases.items():
+            yield f"{tool} {name}", alias.model
+    yield "judge", config.judge.model
+
+
+def _route_table(rows: list[RouteRow]) -> Table:
+    table = Table("route", "model", "address", "probe", title="Routes", title_justify="left")
+    for row in rows:
+        table.add_row(row.name, row.model, row.address, row.problem or "answers")
+    return table

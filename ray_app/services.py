@@ -1,0 +1,204 @@
+"""The services of a run: what the Serve config names, what runs, and deploying what is missing.
+
+One file says what is served (`serve_config.yaml`), whether a user types `serve run` or a job starts
+what it lacks. A deployed application is used only if its arguments and code are what the job would
+deploy; otherwise it is deployed again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import time
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ray_app.config import RunConfig, explain
+from ray_app.errors import ConfigError, InfrastructureError
+from ray_app.rundir import PACKAGE
+
+READY_TIMEOUT_S = 600.0
+INFO_TIMEOUT_S = 10.0
+SAY_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class Service:
+    """One application of the Serve config."""
+
+    name: str
+    import_path: str
+    route_prefix: str
+    args: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """The part of a Serve config file that a job needs."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    services: Mapping[str, Service] = field(default_factory=dict)
+
+    def urls(self) -> dict[str, str]:
+        """Application -> its OpenAI base URL."""
+        return {name: f"{self.root(name)}/v1" for name in self.services}
+
+    def root(self, name: str) -> str:
+        host = "127.0.0.1" if self.host == "0.0.0.0" else self.host
+        return f"http://{host}:{self.port}{self.services[name].route_prefix.rstrip('/')}"
+
+
+def read_serve_config(path: str | None) -> ServeConfig:
+    """The applications and the HTTP address of a Serve config. Raises ConfigError."""
+    if path is None:
+        return ServeConfig()
+    file = Path(path) if Path(path).is_absolute() else PACKAGE / path
+    try:
+        values = yaml.safe_load(file.read_text())
+        http = values.get("http_options", {})
+        services = [
+            Service(app["name"], app["import_path"], app.get("route_prefix", "/"), app.get("args", {}))
+            for app in values["applications"]
+        ]
+    except OSError as error:
+        raise ConfigError(f"services {file}: {error.strerror}; expected a Serve config file") from None
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"services {file}: expected a Serve config with applications ({error!r})") from None
+    return ServeConfig(
+        http.get("host", "127.0.0.1"), http.get("port", 8000), {service.name: service for service in services}
+    )
+
+
+def needed(config: RunConfig) -> list[str]:
+    """The applications that this run's config refers to."""
+    names = [endpoint.service for model in config.models.values() for endpoint in model.endpoints]
+    if config.retriever.enabled and "search" in config.tools and config.retriever.url is None:
+        names.append(config.retriever.service)
+    return sorted({name for name in names if name})
+
+
+def check(serve_config: ServeConfig, names: Collection[str]) -> None:
+    """Every needed application is in the Serve config and its arguments are valid. Raises ConfigError."""
+    for name in names:
+        if name not in serve_config.services:
+            known = ", ".join(serve_config.services) or "none"
+            raise ConfigError(f"service {name!r}: no such application in the Serve config; it has: {known}")
+        _arguments(serve_config.services[name])
+
+
+def ensure(
+    serve_config: ServeConfig, names: Collection[str], *, fresh: bool, say: Callable[[str], None]
+) -> None:
+    """Deploy the applications among `names` that are missing or differ. Needs a connected Ray.
+
+    Raises InfrastructureError, with Serve's own message, when one is not ready in READY_TIMEOUT_S.
+    """
+    from ray import serve  # heavy, and `--plan` without a cluster does not need it
+
+    serve.start(http_options={"host": serve_config.host, "port": serve_config.port})
+    for name in names:
+        service = serve_config.services[name]
+        state = "is redeployed (--fresh)" if fresh else _difference(service)
+        if not state:
+            say(f"service {name}: running, same config and code")
+            continue
+        say(f"service {name}: {state}")
+        _deploy(service, say)
+
+
+def _deploy(service: Service, say: Callable[[str], None]) -> None:
+    from ray import serve
+
+    started = time.monotonic()
+    builder, arguments = _builder(service), _arguments(service)
+    with ThreadPoolExecutor(1) as pool:
+        running: Future[Any] = pool.submit(
+            serve.run, builder(arguments), name=service.name, route_prefix=service.route_prefix
+        )
+        while not running.done():
+            waited_s = time.monotonic() - started
+            message = _trouble(service.name)
+            if message or waited_s > READY_TIMEOUT_S:
+                serve.delete(service.name, _blocking=False)  # ends the wait inside serve.run
+                raise InfrastructureError(
+                    f"service {service.name}: not ready after {waited_s:.0f} s: {message or 'no reason'}"
+                )
+            if int(waited_s / SAY_EVERY_S) != int((waited_s - 1) / SAY_EVERY_S):
+                say(f"service {service.name}: starting ({waited_s:.0f} s)")
+            try:
+                running.result(timeout=1.0)
+            except TimeoutError:
+                continue
+    say(f"service {service.name}: ready after {time.monotonic() - started:.0f} s")
+
+
+def _trouble(name: str) -> str:
+    """Why the application cannot become ready, in one line; "" while it may still."""
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus
+
+    app = serve.status().applications.get(name)
+    if app is None or app.status != ApplicationStatus.DEPLOY_FAILED:
+        return ""
+    reasons = [app.message, *(item.message for item in app.deployments.values())]
+    return " ".join(" ".join(reasons).split())[-600:]
+
+
+def _difference(service: Service) -> str:
+    """Why the service must be deployed, in words; "" when what runs is what we would deploy."""
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus
+
+    app = serve.status().applications.get(service.name)
+    if app is None:
+        return "not deployed; starting it"
+    if app.status != ApplicationStatus.RUNNING:
+        return f"{app.status.value.lower()}; deploying it again"
+    expected = importlib.import_module(service.import_path.partition(":")[0]).service_digest(
+        service.import_path, _arguments(service)
+    )
+    try:
+        handle = serve.get_app_handle(service.name)
+        found = handle.info.remote().result(timeout_s=INFO_TIMEOUT_S).get("digest")
+    except Exception as error:  # whatever it is, it cannot be asked, so it is not ours to use
+        return f"does not say what it runs ({type(error).__name__}); deploying it again"
+    return "" if found == expected else "runs another config or code; deploying it again"
+
+
+def _builder(service: Service) -> Callable[[BaseModel], Any]:
+    module, _, name = service.import_path.partition(":")
+    try:
+        builder: Callable[[BaseModel], Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"service {service.name}: import_path {service.import_path!r}: {error}") from None
+    return builder
+
+
+def _arguments(service: Service) -> BaseModel:
+    """The builder's typed arguments, as Serve itself makes them."""
+    builder = _builder(service)
+    model: type[BaseModel] = next(hint for name, hint in get_type_hints(builder).items() if name != "return")
+    try:
+        return model.model_validate(dict(service.args))
+    except ValidationError as error:
+        raise ConfigError(f"service {service.name}: args: {explain(error)}") from None
+
+
+async def probe(url: str, timeout_s: float = 3.0) -> str:
+    """ "" when something answers HTTP at `url`, else why not."""
+    import aiohttp
+
+    try:
+        async with asyncio.timeout(timeout_s), aiohttp.ClientSession() as session, session.get(url) as reply:
+            return "" if reply.status < 500 else f"HTTP {reply.status}"
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        return (
+            f"{type(error).__name__}: {' '.join(str(error).split())}" if str(error) else type(error).__name__
+        )
