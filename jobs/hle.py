@@ -7,11 +7,13 @@ asked (nothing was started), 3 verdicts owed, 130 or 143 stopped by a signal.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 # A script's folder comes first on sys.path, where `jobs/` would hide packages of the same name.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
 
 import typer
 from rich.console import Console
@@ -22,37 +24,37 @@ from ray_app.config import load
 from ray_app.errors import EvalError
 from ray_app.hle import SolverInWorker, read_job
 
-DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "hle_sample.yaml"
-
 
 def main(
-    config: Annotated[Path, typer.Option(help="Run config (YAML).")] = DEFAULT_CONFIG,
-    run_dir: Annotated[Path | None, typer.Option(help="Where the run lives; default: by config.")] = None,
+    config: Annotated[Path, typer.Option(help="Run config (YAML).")] = ROOT / "configs" / "hle_sample.yaml",
+    run_dir: Annotated[Path | None, typer.Option(help="Where the run lives. Default: by config.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the final figures here.")] = None,
-    set_: Annotated[list[str], typer.Option("--set", help="Override a key: limits.max_rounds=10.")] = [],  # noqa: B006
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key: --set limits.max_rounds=10.")
+    ] = None,
     plan: Annotated[
-        bool, typer.Option("--plan", "--dry-run", help="Show work, routes, cost; start nothing.")
+        bool, typer.Option("--plan", "--dry-run", help="Show work, routes and cost; start nothing.")
     ] = False,
-    adopt: Annotated[Path | None, typer.Option(help="Take over finished {id}.json results.")] = None,
-    fresh: Annotated[bool, typer.Option(help="Deploy the services again.")] = False,
+    adopt: Annotated[
+        Path | None,
+        typer.Option(help="First take over the finished {id}.json results of DIR.", metavar="DIR"),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Deploy the services again.")] = False,
     retry: Annotated[
-        Literal["infrastructure", "failed"], typer.Option(help="Which failures run again.")
+        Literal["infrastructure", "failed"], typer.Option(help="Which failed tasks run again.")
     ] = "infrastructure",
 ) -> None:
-    """Evaluate the orchestrator of CONFIG on its dataset; the same command resumes."""
-    console = Console()
+    """Evaluate the orchestrator of CONFIG on its dataset. The same command resumes."""
+    console, retry_failed = Console(), retry == "failed"
     try:
-        job = read_job(load(config, set_), run_dir)
+        job = read_job(load(config, set_ or ()), run_dir)
+        if plan:
+            is_complete = preview.show(job, driver.make_plan(job, retry_failed=retry_failed), console)
+            raise typer.Exit(0 if is_complete else 2)
         if adopt is not None:
             console.print(driver.adopt(job, adoption.read_results(adopt, job.tasks_by_id)))
-        if plan:
-            raise typer.Exit(
-                0 if preview.show(job, driver.make_plan(job, retry_failed=retry == "failed"), console) else 2
-            )
-        make_solver = SolverInWorker(job.config, job.prompts, job.serve_config.urls())
-        ending = driver.carry_out(
-            job, make_solver, console=console, fresh=fresh, retry_failed=retry == "failed"
-        )
+        solver_for = partial(SolverInWorker, job.config, job.prompts)
+        ending = driver.carry_out(job, solver_for, console=console, fresh=fresh, retry_failed=retry_failed)
         driver.finish(job, ending, json, console)
     except EvalError as error:
         raise typer.Exit(driver.report_error(error, console)) from None

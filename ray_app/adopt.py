@@ -63,7 +63,7 @@ def _adopt(path: Path, tasks: Mapping[str, Task]) -> TaskResult | str:
         return "another question text or reference answer"
     prediction = _prediction(row)
     turns = len(row.get("all_message_responses") or ())
-    verdict = None if prediction is None else Verdict(is_correct, "judge", prediction, ADOPTED)
+    verdict = None if prediction is None else Verdict(is_correct, "judge", prediction, judge_model=ADOPTED)
     return TaskResult(
         task.task_id,
         task.rollout_key,

@@ -13,7 +13,7 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from ray_app.prompting import Prompts
 from ray_app.records import Event, Task
 from ray_app.services import ServeConfig
 
+SolverFor = Callable[[Mapping[str, str]], engine.SolverFactory]
 # Our services and workers wait far more than they compute: more logical cores than real ones.
 MIN_LOGICAL_CPUS = 4
 
@@ -102,7 +103,7 @@ def make_plan(job: Job, *, retry_failed: bool) -> engine.Plan:
 
 
 def carry_out(
-    job: Job, make_solver: engine.SolverFactory, *, console: Console, fresh: bool, retry_failed: bool
+    job: Job, solver_for: SolverFor, *, console: Console, fresh: bool, retry_failed: bool
 ) -> Ending:
     """Run what is left of `job` and commit it. Raises EvalError with one line for the user."""
     make_plan(job, retry_failed=retry_failed)  # another config is refused before anything is touched
@@ -113,7 +114,7 @@ def carry_out(
         if not work.items:
             console.print(f"Nothing left to run: {work.kept.line()}. No model is called.", highlight=False)
             return Ending(work.kept, held.epoch)
-        return _run(job, work, make_solver, held, console=console, fresh=fresh)
+        return _run(job, work, solver_for, held, console=console, fresh=fresh)
     finally:
         held.release()
 
@@ -146,7 +147,7 @@ def _options(job: Job, held: lease.Lease, items: int) -> engine.Options:
 def _run(
     job: Job,
     work: engine.Plan,
-    make_solver: engine.SolverFactory,
+    solver_for: SolverFor,
     held: lease.Lease,
     *,
     console: Console,
@@ -157,6 +158,7 @@ def _run(
 
     connect(say)
     services.ensure(job.serve_config, services.needed(job.config), fresh=fresh, say=say)
+    make_solver = solver_for(job.serve_config.urls(head_address()))
     work = engine.with_recorded_calls(work, job.run_dir)
     options = _options(job, held, len(work.items))
     log = EventWriter(job.run_dir, f"e{held.epoch:04d}-driver-{uuid.uuid4().hex[:8]}")
@@ -234,6 +236,16 @@ def connect(say: Any) -> None:
             say(f"Ray: started on this machine; dashboard http://{context.dashboard_url}")
             return
     say(f"Ray: connected to {ray.get_runtime_context().gcs_address}")
+
+
+def head_address() -> str:
+    """The address of the cluster's head node, where the Serve proxy answers."""
+    import ray
+
+    for node in ray.nodes():
+        if "node:__internal_head__" in node["Resources"]:
+            return str(node["NodeManagerAddress"])
+    return "127.0.0.1"
 
 
 MAX_LOG_BYTES = 4 << 20

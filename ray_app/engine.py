@@ -199,7 +199,7 @@ class Worker:
 
     def __init__(self, make_solver: SolverFactory, options: Options, index: int) -> None:
         self._options = options
-        self._name = f"{os.uname().nodename}:{os.getpid()}"
+        self._name = f"{ray.get_runtime_context().get_node_id()[:8]}:{os.getpid()}"
         name = f"e{options.epoch:04d}-w{index:03d}-{uuid.uuid4().hex[:8]}"
         self._log = EventWriter(options.run_dir, name)
         self._solver = make_solver()

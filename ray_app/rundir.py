@@ -135,7 +135,7 @@ def code_digest() -> str:
     return digest(hashes)
 
 
-def commit(environ: Mapping[str, str] = os.environ) -> str:
+def commit(environ: Mapping[str, str] = os.environ, package: Path = PACKAGE) -> str:
     """The commit of this code, with `-dirty` when the tree differs from it; "unknown" if nobody knows.
 
     A submitted copy has no `.git`. There the commit is the one noted in the home folder for the same
@@ -144,10 +144,11 @@ def commit(environ: Mapping[str, str] = os.environ) -> str:
     if stamped := environ.get("TOOLORCH_COMMIT"):
         return stamped
     note = home(environ) / "commits" / code_digest()
-    if (PACKAGE / ".git").exists():
-        head = _git("rev-parse", "HEAD")
+    if (package / ".git").exists():
+        head = _git(package, "rev-parse", "HEAD")
         if head:
-            name = head + ("-dirty" if _git("status", "--porcelain", "--", "ray_app", "jobs") else "")
+            changed = _git(package, "status", "--porcelain", "--", "ray_app", "jobs")
+            name = head + ("-dirty" if changed else "")
             _note(note, name)
             return name
     try:
@@ -164,10 +165,10 @@ def _note(path: Path, text: str) -> None:
         pass  # a convenience for submitted copies; a run does not depend on it
 
 
-def _git(*arguments: str) -> str:
+def _git(package: Path, *arguments: str) -> str:
     try:
         done = subprocess.run(
-            ["git", "-C", str(PACKAGE), *arguments], capture_output=True, text=True, timeout=10, check=False
+            ["git", "-C", str(package), *arguments], capture_output=True, text=True, timeout=10, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

@@ -44,14 +44,15 @@ class ServeConfig:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    proxy_location: str = "EveryNode"
     services: Mapping[str, Service] = field(default_factory=dict)
 
-    def urls(self) -> dict[str, str]:
-        """Application -> its OpenAI base URL."""
-        return {name: f"{self.root(name)}/v1" for name in self.services}
+    def urls(self, head: str = "127.0.0.1") -> dict[str, str]:
+        """Application -> its OpenAI base URL. `head`: the head node, for a proxy on all interfaces."""
+        return {name: f"{self.root(name, head)}/v1" for name in self.services}
 
-    def root(self, name: str) -> str:
-        host = "127.0.0.1" if self.host == "0.0.0.0" else self.host
+    def root(self, name: str, head: str = "127.0.0.1") -> str:
+        host = head if self.host == "0.0.0.0" else self.host
         return f"http://{host}:{self.port}{self.services[name].route_prefix.rstrip('/')}"
 
 
@@ -72,7 +73,10 @@ def read_serve_config(path: str | None) -> ServeConfig:
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"services {file}: expected a Serve config with applications ({error!r})") from None
     return ServeConfig(
-        http.get("host", "127.0.0.1"), http.get("port", 8000), {service.name: service for service in services}
+        http.get("host", "127.0.0.1"),
+        http.get("port", 8000),
+        values.get("proxy_location", "EveryNode"),
+        {service.name: service for service in services},
     )
 
 
@@ -102,7 +106,8 @@ def ensure(
     """
     from ray import serve  # heavy, and `--plan` without a cluster does not need it
 
-    serve.start(http_options={"host": serve_config.host, "port": serve_config.port})
+    address = {"host": serve_config.host, "port": serve_config.port}
+    serve.start(proxy_location=serve_config.proxy_location, http_options=address)
     for name in names:
         service = serve_config.services[name]
         state = "is redeployed (--fresh)" if fresh else _difference(service)

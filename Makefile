@@ -1,0 +1,36 @@
+# make setup | hle | test | check | bench. Another interpreter: make setup PYTHON=python3.12.
+# On a GPU machine: make setup EXTRA=gpu.
+PYTHON ?= python3
+VENV ?= .venv
+EXTRA ?= cpu
+BIN := $(VENV)/bin
+
+.PHONY: setup hle test check bench clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRA),dev]'
+	@# Beside a CPU build of torch, a CUDA build of these breaks `import ray.serve.llm`; nothing here needs them.
+	@$(BIN)/python -W ignore -c 'import torchvision, torchaudio' 2>/dev/null || \
+		$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+hle: setup
+	$(BIN)/python jobs/hle.py
+
+test: setup
+	$(BIN)/pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	@for name in $$(ls benchmarks/*.py | xargs -n1 basename | sed 's/\.py$$//' | grep -v '^_'); do \
+		$(BIN)/python -m benchmarks.$$name || exit 1; done
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info
