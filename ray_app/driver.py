@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +126,7 @@ def adopt(job: Job, adoption: Adoption) -> str:
         left = {item.key for item in make_plan(job, retry_failed=False).items}
         taken = [result for result in adoption.results if (result.rollout_key, result.trial) in left]
         options = _options(job, held, len(taken))
-        log = EventWriter(job.run_dir, f"e{held.epoch:04d}-adopt-{uuid.uuid4().hex[:8]}")
+        log = options.writer("adopt")
         for result in taken:
             log.append(engine.result_event(result, options, log))
         log.close()
@@ -140,7 +139,13 @@ def _options(job: Job, held: lease.Lease, items: int) -> engine.Options:
     config = job.config
     workers = max(1, min(config.workers, items))
     return engine.Options(
-        job.run_dir, job.run_dir.name, held.epoch, config.concurrency, workers, config.attempts
+        run_dir=job.run_dir,
+        run_id=job.run_dir.name,
+        epoch=held.epoch,
+        concurrency=config.concurrency,
+        workers=workers,
+        attempts=config.attempts,
+        canary=job.data.canary,
     )
 
 
@@ -161,7 +166,7 @@ def _run(
     make_solver = solver_for(job.serve_config.urls(head_address()))
     work = engine.with_recorded_calls(work, job.run_dir)
     options = _options(job, held, len(work.items))
-    log = EventWriter(job.run_dir, f"e{held.epoch:04d}-driver-{uuid.uuid4().hex[:8]}")
+    log = options.writer("driver")
     try:
         return asyncio.run(_drive(job, work, make_solver, options, log=log, held=held, console=console))
     finally:
@@ -320,7 +325,8 @@ def _figures(job: Job, ending: Ending, run: Any) -> dict[str, Any]:
 def _model_calls(run_dir: Path) -> Mapping[int, int]:
     """Model calls made, by epoch: failed and repeated ones count, replayed ones are no calls."""
     query = "select epoch, count(*) from events where kind = 'model_call' group by epoch"
-    return dict(events.connect(run_dir).execute(query).fetchall())
+    with events.connect(run_dir) as log:
+        return dict(log.execute(query).fetchall())
 
 
 def report_error(error: EvalError, console: Console) -> int:

@@ -91,6 +91,13 @@ class Options:
     concurrency: int
     workers: int
     attempts: int
+    canary: str = ""  # of the dataset, carried in the metadata of every log file
+
+    def writer(self, name: str) -> EventWriter:
+        """A log writer of its own for each process start, whatever else writes to this run."""
+        writer_id = f"e{self.epoch:04d}-{name}-{uuid.uuid4().hex[:8]}"
+        metadata = {"canary": self.canary} if self.canary else None
+        return EventWriter(self.run_dir, writer_id, metadata=metadata)
 
 
 @dataclass
@@ -200,8 +207,7 @@ class Worker:
     def __init__(self, make_solver: SolverFactory, options: Options, index: int) -> None:
         self._options = options
         self._name = f"{ray.get_runtime_context().get_node_id()[:8]}:{os.getpid()}"
-        name = f"e{options.epoch:04d}-w{index:03d}-{uuid.uuid4().hex[:8]}"
-        self._log = EventWriter(options.run_dir, name)
+        self._log = options.writer(f"w{index:03d}")
         self._solver = make_solver()
 
     async def solve(self, item: WorkItem) -> Report:

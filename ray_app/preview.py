@@ -109,11 +109,12 @@ def _mean_cost(config: RunConfig, call: Usage) -> float:
 
 
 def _so_far(run_dir: Path) -> tuple[int, int, float]:
-    row = events.connect(run_dir).execute(
-        "select (select count(*) from results), count(*), coalesce(sum(cost_usd), 0) "
-        "from events where kind = 'model_call'"
-    )
-    finished, calls, spent = row.fetchall()[0]
+    query = """
+        select (select count(*) from results), count(*), coalesce(sum(cost_usd), 0)
+        from events where kind = 'model_call'
+    """
+    with events.connect(run_dir) as log:
+        finished, calls, spent = log.execute(query).fetchall()[0]
     return finished, calls, spent
 
 
