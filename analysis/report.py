@@ -1,0 +1,95 @@
+"""`analyse(run_dir)`: statistics as JSON and pictures beside the log, at any moment of a run's life."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from analysis.metrics import MetricReport, describe_metrics
+from analysis.queries import ToolRow, UsageRow, open_run, tool_table, usage_table
+from analysis.summary import RunSummary, summarise
+from analysis.text import percent
+from ray_app.errors import RunDirError
+
+_OVERVIEW = ("llm_infer_ms", "llm_total_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class AnalysisOutput:
+    """What `analyse` wrote, one sentence that says what came out, and the rows that it says it of."""
+
+    stats: Path
+    overview: Path
+    pictures: tuple[Path, ...]
+    message: str
+    run: RunSummary
+    tools: list[ToolRow]
+
+
+def analyse(run_dir: Path, out_dir: Path | None = None) -> AnalysisOutput:
+    """Write `stats.json` and all pictures to `out_dir` (default: RUN/analysis); existing ones are replaced.
+
+    Works on a run that is empty, live or crashed. Raises RunDirError where `run_dir` is no run or `out_dir`
+    cannot be written.
+    """
+    log = open_run(run_dir)
+    out_dir = out_dir or run_dir / "analysis"
+    run, tools, metrics = summarise(log), tool_table(log), describe_metrics(log)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        _write_json(out_dir / "stats.json", statistics(run, tools, usage_table(log), metrics))
+        pictures = tuple(_draw(out_dir, run, tools, metrics))
+    except OSError as error:
+        raise RunDirError(f"{out_dir}: {error.strerror}; expected a writable folder") from None
+    stats, overview = out_dir / "stats.json", out_dir / "overview.png"
+    return AnalysisOutput(stats, overview, pictures, sentence(run), run, tools)
+
+
+def statistics(
+    run: RunSummary, tools: list[ToolRow], usage: list[UsageRow], metrics: dict[str, MetricReport]
+) -> dict[str, Any]:
+    """The content of `stats.json`: source, metrics, summary, and the two tables."""
+    return {
+        "source": run.run_dir,
+        "metrics": {name: asdict(report) for name, report in metrics.items()},
+        "summary": asdict(run),
+        "tools": [asdict(row) for row in tools],
+        "usage": [asdict(row) for row in usage],
+    }
+
+
+def sentence(run: RunSummary) -> str:
+    """The outcome of the run in one sentence."""
+    account = run.accounting
+    if run.state == "empty":
+        return f"{run.run_dir}: the event log is empty, so there is nothing to analyse yet."
+    if account.accuracy is None or account.interval is None:
+        return f"{run.run_dir}: no task has a result yet."
+    interval = f"95% interval {percent(account.interval.low)} to {percent(account.interval.high)}"
+    return (
+        f"{account.planned - account.pending} of {account.planned} tasks have a result; "
+        f"accuracy {percent(account.accuracy)} of all planned ({interval})."
+    )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _draw(
+    out_dir: Path, run: RunSummary, tools: list[ToolRow], metrics: dict[str, MetricReport]
+) -> Iterator[Path]:
+    from analysis import plots  # matplotlib takes most of a second, which `summary` need not wait for
+
+    left, right = (metrics[name] for name in _OVERVIEW)
+    yield from plots.overview_picture(out_dir / "overview", run, tools, left, right)
+    yield from plots.share_picture(out_dir / "tool_shares", [row for row in tools if row.share is not None])
+    yield from plots.outcome_picture(out_dir / "outcomes", run.by_category)
+    for name, report in metrics.items():
+        yield from plots.histogram_picture(out_dir / f"{name}_linear", report, "linear")
+        yield from plots.histogram_picture(out_dir / f"{name}_log", report, "log")

@@ -1,0 +1,138 @@
+"""The tables of a run, each expectation worked out by hand from a few events."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis.metrics import METRICS, describe_metrics, metric_values
+from analysis.queries import RunLog, ToolRow, open_run, tool_table, usage_table
+from ray_app.errors import RunDirError
+from ray_app.records import Event
+from tests.analysis.runs import event, model_call, tool_call, write_run
+
+
+def expert_call(**columns: Any) -> Event:
+    return model_call("expert", tool="search", model="m", **columns)
+
+
+def opened(tmp_path: Path, *rows: Event) -> RunLog:
+    return open_run(write_run(tmp_path / "run", rows))
+
+
+def rows_by_name(log: RunLog) -> dict[str, ToolRow]:
+    return {row.name: row for row in tool_table(log)}
+
+
+def test_a_failed_call_counts_as_an_error_and_not_as_a_fast_call(tmp_path: Path) -> None:
+    log = opened(
+        tmp_path,
+        tool_call("search", 2.0),
+        tool_call("search", 4.0),
+        tool_call("search", 0.001, status="error"),
+        tool_call("answer", 9.0),
+    )
+    search = rows_by_name(log)["search"]
+    assert (search.calls, search.errors, search.share) == (3, 1, 0.75)
+    assert (search.mean_s, search.p50_s) == (3.0, 3.0)
+    assert search.p90_s == pytest.approx(3.8)
+    assert search.p99_s == pytest.approx(3.98)
+
+
+def test_a_tool_whose_calls_all_failed_has_no_times(tmp_path: Path) -> None:
+    row = rows_by_name(opened(tmp_path, tool_call("search", 1.0, status="error")))["search"]
+    assert (row.errors, row.mean_s, row.p99_s) == (1, None, None)
+
+
+def test_replayed_rows_count_nowhere(tmp_path: Path) -> None:
+    spent: dict[str, Any] = {"prompt_tokens": 10, "completion_tokens": 5, "cost_usd": 0.5}
+    once = [tool_call("search", 2.0, model="m"), expert_call(**spent)]
+    again = [tool_call("search", 0.0, model="m", is_replayed=True)]
+    again.append(expert_call(**spent, is_replayed=True))
+    log = opened(tmp_path, *once, *again)
+    row = rows_by_name(log)["search"]
+    assert (row.calls, row.mean_s, row.tokens, row.cost_usd) == (1, 2.0, 15, 0.5)
+    assert [(use.calls, use.tokens) for use in usage_table(log)] == [(1, 15)]
+
+
+def test_each_kind_of_work_has_its_row_in_a_fixed_order(tmp_path: Path) -> None:
+    log = opened(
+        tmp_path,
+        event("code", task="a", duration_s=0.5, exit_status=1, tool="enhance_reasoning"),
+        event("code", task="a", duration_s=0.7, exit_status=0, tool="enhance_reasoning"),
+        event("retrieval", task="a", duration_s=0.2, tool="search", cost_usd=0.008),
+        model_call("judge", 3.0, prompt_tokens=100, completion_tokens=1),
+        model_call("orchestrator", 1.5),
+        tool_call("book_flight", 1.0),
+        tool_call("answer", 1.0),
+        tool_call("enhance_reasoning", 1.0),
+    )
+    rows = tool_table(log)
+    tools = ["enhance_reasoning", "answer", "book_flight"]
+    assert [row.name for row in rows] == [*tools, "orchestrator", "judge", "retrieval", "code"]
+    assert [row.share is None for row in rows] == [False] * 3 + [True] * 4
+    by_name = rows_by_name(log)
+    assert (by_name["code"].calls, by_name["code"].errors, by_name["code"].mean_s) == (2, 1, 0.7)
+    assert by_name["judge"].tokens == 101
+    assert by_name["retrieval"].cost_usd == 0.008
+
+
+def test_an_experts_tokens_belong_to_its_tool_even_if_the_tool_call_never_ended(tmp_path: Path) -> None:
+    log = opened(tmp_path, expert_call(prompt_tokens=7, cost_usd=0.25))
+    (row,) = tool_table(log)
+    assert (row.name, row.calls, row.share, row.tokens, row.cost_usd) == ("search", 0, 0.0, 7, 0.25)
+    (use,) = usage_table(log)
+    assert (use.tool, use.model, use.calls, use.share, use.cost_usd) == ("search", "m", 0, 0.0, 0.25)
+
+
+def test_model_names_are_compared_whole(tmp_path: Path) -> None:
+    calls = [("search", "gpt-5-mini")] * 1 + [("search", "gpt-5")] * 3 + [("answer", "gpt-5")]
+    log = opened(tmp_path, *(tool_call(tool, 1.0, model=model) for tool, model in calls))
+    found = [(row.tool, row.model, row.calls, row.share) for row in usage_table(log)]
+    assert found == [
+        ("search", "gpt-5", 3, 0.75),
+        ("search", "gpt-5-mini", 1, 0.25),
+        ("answer", "gpt-5", 1, 1.0),
+    ]
+
+
+def test_metrics_are_in_their_units_and_totals_need_both_parts(tmp_path: Path) -> None:
+    log = opened(
+        tmp_path,
+        tool_call("search", 2.5),
+        tool_call("answer", 4.0),
+        model_call("orchestrator", 9.0, prefill_s=0.5, decode_s=1.0, prompt_tokens=30, completion_tokens=4),
+        model_call("orchestrator", 9.0, prefill_s=0.25, prompt_tokens=50),
+        model_call("judge", 9.0, prefill_s=9.0, decode_s=9.0, prompt_tokens=9, completion_tokens=9),
+        model_call("orchestrator", 9.0, prefill_s=9.0, decode_s=9.0, status="error"),
+    )
+    values = {metric.name: sorted(metric_values(log, metric).tolist()) for metric in METRICS}
+    assert values == {
+        "tool_all": [2500, 4000],
+        "tool_enhance_reasoning": [],
+        "tool_search": [2500],
+        "tool_answer": [4000],
+        "llm_infer_ms": [1500],
+        "llm_prefill_ms": [250, 500],
+        "llm_decode_ms": [1000],
+        "llm_prefill_tokens": [30, 50],
+        "llm_decode_tokens": [4],
+        "llm_total_tokens": [34],
+    }
+    reports = describe_metrics(log)
+    assert reports["tool_all"].stats.share_under_5s == 1.0
+    assert reports["llm_total_tokens"].stats.share_under_5s is None
+
+
+def test_questions_see_one_snapshot_while_the_run_goes_on(tmp_path: Path) -> None:
+    log = opened(tmp_path, tool_call("search", 1.0))
+    write_run(tmp_path / "run", [tool_call("search", 1.0)], writer_id="later")
+    assert rows_by_name(log)["search"].calls == 1
+    assert rows_by_name(open_run(tmp_path / "run"))["search"].calls == 2
+
+
+def test_a_folder_that_is_no_run_is_a_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(RunDirError, match="expected a run directory"):
+        open_run(tmp_path)
