@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-# A script's folder comes first on sys.path, where `jobs/` would hide packages of the same name.
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)
+if not __package__:
+    # A script's folder comes first on sys.path, where `jobs/` would hide packages of the same name.
+    sys.path[0] = str(ROOT)
 
 import typer
-from rich.console import Console
 
 from ray_app import adopt as adoption
 from ray_app import driver, preview
@@ -45,7 +45,7 @@ def main(
     ] = "infrastructure",
 ) -> None:
     """Evaluate the orchestrator of CONFIG on its dataset. The same command resumes."""
-    console, retry_failed = Console(), retry == "failed"
+    console, retry_failed = driver.make_console(), retry == "failed"
     try:
         job = read_job(load(config, set_ or ()), run_dir)
         if plan:
@@ -61,5 +61,8 @@ def main(
     raise typer.Exit(ending.exit_code)
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -23,7 +23,7 @@ from ray_app import engine, event_writer, events, lease, rundir, services
 from ray_app.adopt import Adoption
 from ray_app.config import RunConfig
 from ray_app.dataset import TaskSet
-from ray_app.errors import EvalError, UserError
+from ray_app.errors import EvalError, InfrastructureError, UserError
 from ray_app.event_writer import EventWriter
 from ray_app.progress import Display
 from ray_app.prompting import Prompts
@@ -33,6 +33,8 @@ from ray_app.services import ServeConfig
 SolverFor = Callable[[Mapping[str, str]], engine.SolverFactory]
 # Our services and workers wait far more than they compute: more logical cores than real ones.
 MIN_LOGICAL_CPUS = 4
+MAX_LOG_BYTES = 4 << 20
+PIPE_WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -225,22 +227,26 @@ def connect(say: Any) -> None:
     """Connect to the Ray cluster that is running, or start one on this machine for this job."""
     import ray
 
-    logging.getLogger("ray").setLevel(logging.WARNING)
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if not os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         # A submitted job has its working directory; everyone else imports this checkout.
         quiet["runtime_env"] = {"env_vars": {"PYTHONPATH": str(rundir.PACKAGE)}}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-    else:
-        try:
-            ray.init(address="auto", **quiet)
-        except ConnectionError:
-            cpus = max(MIN_LOGICAL_CPUS, os.cpu_count() or 1)
-            context = ray.init(address="local", num_cpus=cpus, include_dashboard=True, **quiet)
-            say(f"Ray: started on this machine; dashboard http://{context.dashboard_url}")
-            return
-    say(f"Ray: connected to {ray.get_runtime_context().gcs_address}")
+    asked = os.environ.get("RAY_ADDRESS", "auto")
+    try:
+        if asked == "local":
+            raise ConnectionError
+        ray.init(address=asked, **quiet)
+        say(f"Ray: connected to {ray.get_runtime_context().gcs_address}")
+    except ConnectionError as error:
+        if asked not in {"auto", "local"}:
+            raise InfrastructureError(
+                f"RAY_ADDRESS {asked}: no Ray cluster answers there ({error})"
+            ) from None
+        cpus = max(MIN_LOGICAL_CPUS, os.cpu_count() or 1)
+        context = ray.init(address="local", num_cpus=cpus, include_dashboard=True, **quiet)
+        say(f"Ray: started on this machine; dashboard http://{context.dashboard_url}")
 
 
 def head_address() -> str:
@@ -251,9 +257,6 @@ def head_address() -> str:
         if "node:__internal_head__" in node["Resources"]:
             return str(node["NodeManagerAddress"])
     return "127.0.0.1"
-
-
-MAX_LOG_BYTES = 4 << 20
 
 
 def keep_service_logs(run_dir: Path) -> None:
@@ -277,18 +280,14 @@ def keep_service_logs(run_dir: Path) -> None:
 def finish(job: Job, ending: Ending, json_path: Path | None, console: Console) -> dict[str, Any]:
     """Compact the log of an ended run, analyse it, print the page that people read, return the figures."""
     from analysis import tables
-    from analysis.queries import open_run, tool_table
     from analysis.report import analyse
-    from analysis.summary import summarise
 
     if ending.tally.pending == 0:
         event_writer.compact(job.run_dir)
     output = analyse(job.run_dir)
-    log = open_run(job.run_dir)
-    run = summarise(log)
-    figures = _figures(job, ending, run)
-    console.print(tables.summary_page(run))
-    console.print(tables.tools_page(tool_table(log)))
+    figures = _figures(job, ending, output.run)
+    console.print(tables.summary_page(output.run))
+    console.print(tables.tools_page(output.tools))
     console.print(f"Accounting: {ending.tally.line()}", highlight=False)
     calls, total = figures["model_calls"], figures["model_calls_total"]
     console.print(f"Model calls: {calls} by this command, {total} by the run so far", highlight=False)
@@ -327,6 +326,12 @@ def _model_calls(run_dir: Path) -> Mapping[int, int]:
     query = "select epoch, count(*) from events where kind = 'model_call' group by epoch"
     with events.connect(run_dir) as log:
         return dict(log.execute(query).fetchall())
+
+
+def make_console() -> Console:
+    """The terminal as it is; a pipe or a file wide enough for the tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_WIDTH)
 
 
 def report_error(error: EvalError, console: Console) -> int:

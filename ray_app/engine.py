@@ -30,6 +30,8 @@ from ray_app.records import Event, Outcome, Task, TaskResult, Verdict
 
 CALL_KINDS = ("model_call", "retrieval", "code")
 RETRY_PAUSE_S = 1.0
+# Failures that say nothing of the model: mended by time, or by the user.
+RUN_AGAIN = ("infrastructure", "user")
 CLOSE_TIMEOUT_S = 5.0
 TICK_S = 1.0
 # Logical cores: workers wait on the network, so many fit on a core.
@@ -152,7 +154,7 @@ def plan(
 
 def _is_final(row: Mapping[str, Any], task: Task, retry_failed: bool) -> bool:
     if row["outcome"] == "failed":
-        return bool(row["error_kind"] != "infrastructure" and not retry_failed)
+        return bool(row["error_kind"] not in RUN_AGAIN and not retry_failed)
     is_judged = row["outcome"] == "ok" and row["judge_key"] == task.judge_key
     return bool(is_judged or row["outcome"] == "limited")
 

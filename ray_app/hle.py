@@ -154,7 +154,7 @@ class SolverInWorker:
     service_urls: Mapping[str, str]
 
     def __call__(self) -> HleSolver:
-        from ray_app.retrieval.client import connect  # imports ray; not needed to test a solver
+        from ray_app.retrieval.connect import connect  # imports ray; not needed to test a solver
 
         router = Router(self.config.models, self.service_urls)
         source = connect(self.config.retriever)

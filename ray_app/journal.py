@@ -88,6 +88,7 @@ class Journal:
 
     def __post_init__(self) -> None:
         self._known = {(call.call_seq, call.request_hash): call for call in self.recorded}
+        self._is_replaying = False
         self.started = self.timer()
 
     async def call(
@@ -108,8 +109,10 @@ class Journal:
         known = self._known.get((seq, request_hash))
         if known is not None:
             self.replayed += 1
+            self._is_replaying = True
             self.calls.append(known)
             return self._counted(codec.decode(known.body, known.texts))
+        self._is_replaying = False
         row = self._row(codec.kind, seq, role, request_hash)
         started = self.timer()
         try:
@@ -130,9 +133,12 @@ class Journal:
         return output
 
     def note(self, kind: EventKind, *, started: float | None = None, **columns: Any) -> None:
-        """Add an event that is no call: a turn, a tool call as a whole, a verdict."""
+        """Add an event that is no call: a turn, a tool call as a whole, a verdict.
+
+        One whose last call was served from the record stands in the log already, and is marked so.
+        """
         duration = 0.0 if started is None else self.timer() - started
-        row = self._row(kind, -1, "", "")
+        row = replace(self._row(kind, -1, "", ""), is_replayed=self._is_replaying)
         self.sink.append(replace(row, t_start=row.t_start - duration, duration_s=duration, **columns))
 
     def _row(self, kind: EventKind, seq: int, role: Role, request_hash: str) -> Event:

@@ -11,7 +11,7 @@ import asyncio
 import importlib
 import time
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -137,10 +137,9 @@ def _deploy(service: Service, say: Callable[[str], None]) -> None:
                 )
             if int(waited_s / SAY_EVERY_S) != int((waited_s - 1) / SAY_EVERY_S):
                 say(f"service {service.name}: starting ({waited_s:.0f} s)")
-            try:
-                running.result(timeout=1.0)
-            except TimeoutError:
-                continue
+            wait([running], timeout=1.0)
+        if error := running.exception():
+            raise InfrastructureError(f"service {service.name}: {_trouble(service.name) or error}")
     say(f"service {service.name}: ready after {time.monotonic() - started:.0f} s")
 
 

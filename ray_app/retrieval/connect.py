@@ -1,0 +1,64 @@
+"""From a run config to the retriever that its workers call: a Serve application, or a URL."""
+
+from __future__ import annotations
+
+import asyncio
+
+import aiohttp
+
+from ray_app.config import Retriever
+from ray_app.errors import DatasetError, EvalError, RetrieverError, ToolError
+from ray_app.records import Hit
+from ray_app.retrieval.client import HandleRetriever
+from ray_app.tools.search import DocumentSource
+
+
+def connect(config: Retriever) -> DocumentSource:
+    """The retriever of `config`. Connects at the first call."""
+    if config.url is not None:
+        return HttpRetriever(config.url, config.timeout_s)
+    return HandleRetriever(config.service or "retriever", config.timeout_s)
+
+
+class HttpRetriever:
+    """Any server with the `/retrieve` contract. One try a call: the engine repeats the attempt."""
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        self._url, self._timeout_s = url.rstrip("/"), timeout_s
+        self._session: aiohttp.ClientSession | None = None
+
+    async def retrieve(self, query: str, *, scope_id: str | None, top_k: int) -> list[Hit]:
+        """Hits, best first. Raises ToolError (bad query), DatasetError (unknown scope), RetrieverError."""
+        body = {"queries": [query], "topk": top_k, "return_scores": True}
+        if scope_id is not None:
+            body["eid"] = scope_id
+        self._session = self._session or aiohttp.ClientSession()
+        try:
+            async with (
+                asyncio.timeout(self._timeout_s),
+                self._session.post(f"{self._url}/retrieve", json=body) as reply,
+            ):
+                if reply.status >= 400:
+                    text = " ".join((await reply.text()).split())[:300]
+                    raise _kind(reply.status)(f"retriever {self._url}: HTTP {reply.status}: {text}")
+                return [_hit(item) for item in (await reply.json())[0]]
+        except TimeoutError:
+            raise RetrieverError(f"retriever {self._url}: no answer in {self._timeout_s:g} s") from None
+        except (aiohttp.ClientError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise RetrieverError(f"retriever {self._url}: {type(error).__name__}: {error}") from None
+
+
+def _kind(status: int) -> type[EvalError]:
+    if status == 404:
+        return DatasetError  # the retriever was started with other scopes than the run
+    return RetrieverError if status >= 500 else ToolError
+
+
+def _hit(item: dict[str, object]) -> Hit:
+    document = item["document"]
+    if not isinstance(document, dict):
+        raise TypeError(f"expected a document, got {document!r}")
+    text = document.get("content", document.get("contents", ""))
+    score = float(str(item["score"]))
+    is_web = item.get("source") == "tavily" or score < 0
+    return Hit(int(document.get("id", -1)), str(text), score, "tavily" if is_web else "local")
