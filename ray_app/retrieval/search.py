@@ -1,0 +1,193 @@
+"""One retrieval, from a query to its hits, without Ray.
+
+Owns the checks of a query, the filters (score, text length) and the order scope first, score second, text
+last. The Serve deployment wraps `LocalRetriever`; tests and tools use it directly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from ray_app.errors import ConfigError, DatasetError, ToolError
+from ray_app.records import Hit
+from ray_app.retrieval.batcher import Batcher, Limits
+from ray_app.retrieval.build import CORPUS, VECTORS, read_manifest
+from ray_app.retrieval.corpus import Corpus, IntArray
+from ray_app.retrieval.encoder import Encoder, FloatArray
+from ray_app.retrieval.index import EXACT, MIN_SCORE, Ranking, ScopeMap, UnknownScope, VectorIndex, check_fit
+
+DEFAULT_TOP_K = 5
+MAX_TOP_K = 1000
+MIN_CHARS = 100
+MAX_QUERY_CHARS = 1_000_000
+DEFAULT_LIMITS = Limits()
+
+
+class BadQuery(ToolError):
+    """A query that no corpus could answer: empty, too long, or asking for too many documents."""
+
+
+class Retriever(Protocol):
+    """Finds documents for a query, best first, within one question's scope (None: everywhere)."""
+
+    async def retrieve(self, query: str, scope_id: str | None, top_k: int) -> list[Hit]:
+        """Raises BadQuery, UnknownScope, or RetrieverError where asking again can help."""
+        ...
+
+
+@dataclass(frozen=True)
+class Query:
+    text: str
+    scope_id: str | None
+    top_k: int = DEFAULT_TOP_K
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What a hit must pass: a score above `min_score`, a text longer than `min_chars` characters.
+
+    `unscoped`: whether a query without a scope searches everything or is refused.
+    """
+
+    min_score: float = MIN_SCORE
+    min_chars: int = MIN_CHARS
+    mode: str = EXACT
+    unscoped: Literal["deny", "search"] = "deny"
+
+
+class Searcher:
+    """Corpus, vectors and scopes that fit each other. `scopes` is None where everything may be seen."""
+
+    def __init__(
+        self, corpus: Corpus, index: VectorIndex, scopes: ScopeMap | None, encoder_dim: int, filters: Filters
+    ) -> None:
+        check_fit(corpus, index, encoder_dim)
+        if scopes is None and filters.unscoped == "deny":
+            raise ConfigError(
+                "without a scope map every query would be refused; give examples or set unscoped: search"
+            )
+        self.corpus = corpus
+        self.index = index
+        self.scopes = scopes
+        self.filters = filters
+        self._eligible = corpus.chars > filters.min_chars
+
+    def check(self, query: Query) -> Query:
+        """Returns `query`. Raises BadQuery or UnknownScope, both before anything is encoded."""
+        if not query.text.strip():
+            raise BadQuery("the query is empty; expected a few key words or a short sentence")
+        try:
+            query.text.encode()
+        except UnicodeEncodeError:
+            raise BadQuery("the query holds half a surrogate pair, which is no character") from None
+        if len(query.text) > MAX_QUERY_CHARS:
+            raise BadQuery(f"the query has {len(query.text)} characters; at most {MAX_QUERY_CHARS} are read")
+        if not 1 <= query.top_k <= MAX_TOP_K:
+            raise BadQuery(f"topk is {query.top_k}; expected 1 to {MAX_TOP_K}")
+        if query.scope_id is None and self.filters.unscoped == "deny":
+            raise BadQuery("no question id (eid), and this retriever answers within a question's scope only")
+        self._allowed(query)
+        return query
+
+    def answer(self, queries: list[Query], vectors: FloatArray) -> list[list[Hit]]:
+        """The hits of each query; `vectors` float32 [n, dim]. Reads the texts of the winners only."""
+        rankings: dict[int, Ranking] = {}
+        scoped = {i: rows for i, query in enumerate(queries) if (rows := self._allowed(query)) is not None}
+        unscoped = [i for i in range(len(queries)) if i not in scoped]
+        # One depth for all: a ranking is cut to each query's own, which changes nothing above it.
+        depth = max(query.top_k for query in queries)
+        low, mode = self.filters.min_score, self.filters.mode
+        found = self.index.search(vectors[list(scoped)], list(scoped.values()), depth, low, mode)
+        rankings.update(zip(scoped, found, strict=True))
+        if unscoped:
+            found = self.index.search_all(vectors[unscoped], depth, low, self._eligible)
+            rankings.update(zip(unscoped, found, strict=True))
+        return [self._hits(rankings[i].first(query.top_k)) for i, query in enumerate(queries)]
+
+    def probe(self) -> Query:
+        """A query that this searcher must be able to answer, for health checks."""
+        return Query("health", next(iter(self.scopes.positions), None) if self.scopes else None, 1)
+
+    def _allowed(self, query: Query) -> IntArray | None:
+        if query.scope_id is None:
+            return None
+        if self.scopes is None:
+            raise UnknownScope(
+                f"question id {query.scope_id[:100]!r} given, but this retriever has no scopes; leave it out"
+            )
+        rows = self.scopes.rows(query.scope_id)
+        return rows[self._eligible[rows]]
+
+    def _hits(self, ranking: Ranking) -> list[Hit]:
+        return [
+            Hit(int(self.corpus.ids[row]), self.corpus.text(int(row)), float(score))
+            for row, score in zip(ranking.rows, ranking.scores, strict=True)
+        ]
+
+
+class LocalRetriever:
+    """A Retriever in this process: a searcher, an encoder and the batching between them."""
+
+    def __init__(
+        self,
+        searcher: Searcher,
+        encoder: Encoder,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
+        self.searcher = searcher
+        self.encoder = encoder
+        self._batcher: Batcher[Query, list[Hit]] = Batcher(encoder, searcher.answer, limits)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._batcher.is_alive
+
+    async def retrieve(self, query: str, scope_id: str | None, top_k: int) -> list[Hit]:
+        """See Retriever."""
+        return await self.submit(Query(query, scope_id, top_k))
+
+    def submit(self, query: Query) -> asyncio.Future[list[Hit]]:
+        """Queues a query on the running loop. Raises what `retrieve` does, except while encoding."""
+        return self._batcher.submit(self.searcher.check(query))
+
+    def probe(self) -> asyncio.Future[list[Hit]]:
+        """Queues a real search that ought to succeed."""
+        return self._batcher.submit(self.searcher.probe())
+
+    def close(self) -> None:
+        """Answers what is queued, then ends the threads."""
+        self._batcher.close()
+
+
+def open_searcher(
+    index_dir: Path,
+    examples: Path | None,
+    encoder: Encoder,
+    filters: Filters = Filters(),
+    corpus_path: Path | None = None,
+) -> Searcher:
+    """Opens the corpus, the vectors (`vectors.npy` or `eval.index`) and the scope map.
+
+    `corpus_path` defaults to the folder's corpus.arrow. Raises DatasetError for files that are missing,
+    broken, or do not belong together or to this encoder.
+    """
+    built_with = read_manifest(index_dir).get("encoder")
+    if isinstance(built_with, str) and _model_of(built_with) != _model_of(encoder.name):
+        raise DatasetError(
+            f"{str(index_dir)!r} was built with encoder {built_with!r}, not {encoder.name!r}; "
+            "use that encoder or build the index again"
+        )
+    corpus = Corpus.open(corpus_path or index_dir / CORPUS)
+    vectors = next((path for name in (VECTORS, "eval.index") if (path := index_dir / name).exists()), None)
+    if vectors is None:
+        raise DatasetError(f"{str(index_dir)!r} holds neither {VECTORS} nor eval.index; build the index")
+    scopes = None if examples is None else ScopeMap.from_examples(examples, corpus)
+    return Searcher(corpus, VectorIndex.open(vectors), scopes, encoder.dim, filters)
+
+
+def _model_of(label: str) -> str:
+    """The model in an encoder's label: its precision and the folder it lies in make no other vectors."""
+    return label.partition("@")[0].rstrip("/").rsplit("/", 1)[-1]
