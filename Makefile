@@ -15,6 +15,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@# Beside a CPU build of torch, a CUDA build of these breaks `import ray.serve.llm`; nothing here needs them.
 	@$(BIN)/python -W ignore -c 'import torchvision, torchaudio' 2>/dev/null || \
 		$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@# A cluster that `serve run` or a job starts asks for Ray's token; `ray job submit` sends one only in this mode.
+	@echo 'import os; os.environ.setdefault("RAY_AUTH_MODE", "token")' > \
+		$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/toolorch_ray_auth.pth
+	@test -s $(HOME)/.ray/auth_token || $(BIN)/ray get-auth-token --generate > /dev/null
 	@touch $@
 
 hle: setup

@@ -22,7 +22,7 @@ from ray_app import adopt as adoption
 from ray_app import driver, preview
 from ray_app.config import load
 from ray_app.errors import EvalError
-from ray_app.hle import SolverInWorker, read_job
+from ray_app.hle import SolverInWorker, check_scopes, read_job
 
 
 def main(
@@ -54,7 +54,9 @@ def main(
         if adopt is not None:
             console.print(driver.adopt(job, adoption.read_results(adopt, job.tasks_by_id)))
         solver_for = partial(SolverInWorker, job.config, job.prompts)
-        ending = driver.carry_out(job, solver_for, console=console, fresh=fresh, retry_failed=retry_failed)
+        ending = driver.carry_out(
+            job, solver_for, check_scopes, console=console, fresh=fresh, retry_failed=retry_failed
+        )
         driver.finish(job, ending, json, console)
     except EvalError as error:
         raise typer.Exit(driver.report_error(error, console)) from None

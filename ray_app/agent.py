@@ -127,7 +127,7 @@ class Agent:
             )
 
 
-def choose(reply: ChatReply, offered: Mapping[str, Tool]) -> Choice | Invalid:
+def choose(reply: ChatReply, offered: Mapping[Any, Tool]) -> Choice | Invalid:
     """The first valid call of the reply, or why there is none. One tool runs in each turn."""
     if not reply.tool_calls:
         return Invalid(f"no tool was called; call one of {', '.join(offered)}")

@@ -4,8 +4,9 @@ Each deployment carries a digest of its arguments and of the code, so that a job
 is deployed is what it would deploy.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: Serve reads the builders' annotations as types.
+import subprocess
+import sys
 from typing import Any
 
 from pydantic import BaseModel, model_validator
@@ -13,8 +14,10 @@ from ray.serve import Application
 
 from ray_app.baseline.deployment import BaselineConfig, baseline_app
 from ray_app.records import digest
+from ray_app.retrieval.build import MANIFEST, index_folder
 from ray_app.retrieval.deployment import RetrieverConfig, retriever_app
-from ray_app.rundir import code_digest, commit, home
+from ray_app.retrieval.encoder import encoder_label
+from ray_app.rundir import PACKAGE, code_digest, commit, home
 from ray_app.sample.prepare import prepare, sample_files
 
 
@@ -39,8 +42,25 @@ def retriever(args: RetrieverArgs) -> Application:
     """The retriever: `/retrieve` and `/health`, and `retrieve` by handle."""
     if args.sample:
         prepare(home())
+    _build_index(args)
     commit()  # noted for jobs that run from a copy of this code without its repository
     return retriever_app(args, service_digest("ray_app.app:retriever", args))
+
+
+def _build_index(args: RetrieverArgs) -> None:
+    """Build a missing index here, with every core and progress, rather than in a replica with one core.
+
+    In a process of its own, so that the model leaves no memory behind.
+    """
+    if args.corpus_jsonl is None or args.cache_dir is None:
+        return
+    label = encoder_label(args.encoder, args.dtype)
+    if (index_folder(args.corpus_jsonl, label, args.cache_dir) / MANIFEST).exists():
+        return
+    print("index: not there yet, embedding the corpus once", flush=True)
+    build = [sys.executable, "-m", "ray_app.retrieval.build", str(args.corpus_jsonl), str(args.cache_dir)]
+    # A failure shows itself in the replica, which tries again and gives Serve the reason.
+    subprocess.run([*build, args.encoder, args.dtype, args.device], cwd=PACKAGE, check=False)
 
 
 def baseline(args: BaselineConfig) -> Application:

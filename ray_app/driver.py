@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,16 @@ from ray_app import engine, event_writer, events, lease, rundir, services
 from ray_app.adopt import Adoption
 from ray_app.config import RunConfig
 from ray_app.dataset import TaskSet
-from ray_app.errors import EvalError, InfrastructureError, UserError
+from ray_app.errors import ConfigError, EvalError, UserError
 from ray_app.event_writer import EventWriter
 from ray_app.progress import Display
 from ray_app.prompting import Prompts
 from ray_app.records import Event, Task
+from ray_app.sandbox import NAMESPACES
 from ray_app.services import ServeConfig
 
 SolverFor = Callable[[Mapping[str, str]], engine.SolverFactory]
+Check = Callable[["Job"], Coroutine[None, None, None]]
 # Our services and workers wait far more than they compute: more logical cores than real ones.
 MIN_LOGICAL_CPUS = 4
 MAX_LOG_BYTES = 4 << 20
@@ -75,9 +77,16 @@ class Job:
             "scope_policy": config.dataset.policy,
             "left_out": dict(self.data.left_out),
             "trials": config.trials,
-            "sandbox": " ".join(self.isolation) if config.code.enabled else "code execution off",
+            "sandbox": self._sandbox_fact(),
             "commit": rundir.commit(),
         }
+
+    def _sandbox_fact(self) -> str:
+        if not self.config.code.enabled:
+            return "code execution off"
+        missing = [layer for layer in NAMESPACES if layer not in self.isolation]
+        held = " ".join(self.isolation)
+        return f"{held}; NOT ISOLATED: {' '.join(missing)}" if missing else held
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +113,12 @@ def make_plan(job: Job, *, retry_failed: bool) -> engine.Plan:
 
 
 def carry_out(
-    job: Job, solver_for: SolverFor, *, console: Console, fresh: bool, retry_failed: bool
+    job: Job, solver_for: SolverFor, check: Check, *, console: Console, fresh: bool, retry_failed: bool
 ) -> Ending:
-    """Run what is left of `job` and commit it. Raises EvalError with one line for the user."""
+    """Run what is left of `job` and commit it. Raises EvalError with one line for the user.
+
+    `check` is asked once the services are up and before anything is paid.
+    """
     make_plan(job, retry_failed=retry_failed)  # another config is refused before anything is touched
     rundir.open_run(job.run_dir, job.config, job.identity)
     held = lease.take(job.run_dir)
@@ -115,7 +127,7 @@ def carry_out(
         if not work.items:
             console.print(f"Nothing left to run: {work.kept.line()}. No model is called.", highlight=False)
             return Ending(work.kept, held.epoch)
-        return _run(job, work, solver_for, held, console=console, fresh=fresh)
+        return _run(job, work, solver_for, check, held, console=console, fresh=fresh)
     finally:
         held.release()
 
@@ -155,6 +167,7 @@ def _run(
     job: Job,
     work: engine.Plan,
     solver_for: SolverFor,
+    check: Check,
     held: lease.Lease,
     *,
     console: Console,
@@ -165,6 +178,7 @@ def _run(
 
     connect(say)
     services.ensure(job.serve_config, services.needed(job.config), fresh=fresh, say=say)
+    asyncio.run(check(job))
     make_solver = solver_for(job.serve_config.urls(head_address()))
     work = engine.with_recorded_calls(work, job.run_dir)
     options = _options(job, held, len(work.items))
@@ -240,10 +254,10 @@ def connect(say: Any) -> None:
         ray.init(address=asked, **quiet)
         say(f"Ray: connected to {ray.get_runtime_context().gcs_address}")
     except ConnectionError as error:
+        if "multiple" in str(error):
+            raise ConfigError(f"several Ray clusters run on this machine; choose one: {error}") from None
         if asked not in {"auto", "local"}:
-            raise InfrastructureError(
-                f"RAY_ADDRESS {asked}: no Ray cluster answers there ({error})"
-            ) from None
+            raise ConfigError(f"RAY_ADDRESS {asked}: no Ray cluster answers there ({error})") from None
         cpus = max(MIN_LOGICAL_CPUS, os.cpu_count() or 1)
         context = ray.init(address="local", num_cpus=cpus, include_dashboard=True, **quiet)
         say(f"Ray: started on this machine; dashboard http://{context.dashboard_url}")

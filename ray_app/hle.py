@@ -60,6 +60,25 @@ def _read_tasks(dataset: Dataset) -> TaskSet:
     return load_tasks(dataset, Path(dataset.scopes) if dataset.scopes else None)
 
 
+async def check_scopes(job: Job) -> None:
+    """Refuse to start where the running retriever lacks scopes of the run's questions (ConfigError).
+
+    A retriever behind a URL cannot be asked; there an unknown question fails its task by name.
+    """
+    from ray_app.retrieval.client import HandleRetriever  # imports ray; not needed to test a solver
+
+    settings = job.config.retriever
+    scoped = [task.task_id for task in job.tasks if task.scope is not None]
+    if not scoped or settings.service not in services.needed(job.config):
+        return
+    unknown = await HandleRetriever(settings.service, settings.timeout_s).unknown_scopes(scoped)
+    if unknown:
+        raise ConfigError(
+            f"retriever {settings.service!r} has no scope for {len(unknown)} of {len(scoped)} questions "
+            f"(first: {unknown[0]!r}); start it with the examples file of dataset.scopes"
+        )
+
+
 @dataclass(frozen=True)
 class HleSolver:
     """Solves and judges questions; holds clients, no task state."""

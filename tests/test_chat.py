@@ -16,7 +16,7 @@ from tests.model_server import GOOD, chunk, serving
 REQUEST = ChatRequest("m", (Message("user", "hi"),), Sampling(temperature=0.5, max_tokens=7), session="s-1")
 PRICE = Price(input=2.0, output=10.0, cached_input=0.5)
 RATE_LIMITED = (429, {"message": "slow down", "code": "rate_limit"}, {"Retry-After": "0"})
-BROKEN = (500, {"message": "oops"}, {})
+BROKEN: tuple[int, dict[str, str], dict[str, str]] = (500, {"message": "oops"}, {})
 
 
 @pytest.fixture(autouse=True)

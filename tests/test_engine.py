@@ -5,7 +5,8 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class CountingSolver:
 
     async def solve(self, task: Task, journal: Journal) -> Solved:
         for number in range(CALLS):
-            await journal.call(CODE, [task.task_id, number], lambda number=number: self._call(task, number))
+            await journal.call(CODE, [task.task_id, number], partial(self._call, task, number))
         return Solved(task.answer, Verdict(True, "exact"))
 
     async def _call(self, task: Task, number: int) -> ExecutionResult:
@@ -151,9 +152,7 @@ class Bench:
 
     async def run(self, fault: str = "", *, stop_after: int = 10**9, **options: int) -> tuple[Tally, Seen]:
         held = lease.take(self.run_dir)
-        settings = Options(
-            self.run_dir, "run", held.epoch, **({"concurrency": 4, "workers": 2, "attempts": 3} | options)
-        )
+        settings = replace(Options(self.run_dir, "run", held.epoch, 4, 2, 3), **options)  # type: ignore[arg-type]
         log = EventWriter(self.run_dir, f"e{held.epoch}-driver")
         seen = Seen(asyncio.Event(), stop_after)
         work = engine.with_recorded_calls(self.plan(), self.run_dir)

@@ -51,8 +51,9 @@ def test_only_toolorchestra_takes_equal_text_without_asking() -> None:
 
 @pytest.mark.parametrize("prediction", ["", "  ", "word " * 501])
 def test_no_answer_is_wrong_without_asking(prediction: str) -> None:
-    for protocol in ("toolorchestra", "hle-style"):
-        verdict = judge.without_judge(TASK, prediction, protocol)  # type: ignore[arg-type]
+    protocols: tuple[judge.Protocol, ...] = ("toolorchestra", "hle-style")
+    for protocol in protocols:
+        verdict = judge.without_judge(TASK, prediction, protocol)
         assert verdict is not None and not verdict.is_correct
 
 

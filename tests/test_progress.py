@@ -1,27 +1,19 @@
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
-from ray_app.engine import Tally
+from ray_app.engine import Tally, WorkItem
 from ray_app.progress import Display, clock
-from ray_app.records import Task, TaskResult, Verdict
+from ray_app.records import Outcome, Task, TaskResult, Verdict
 
 
-def result(name: str, outcome: str = "ok", correct: bool = True) -> TaskResult:
+def result(name: str, outcome: Outcome = "ok", correct: bool = True) -> TaskResult:
     task = Task(name, "q", "a")
-    verdict = Verdict(correct, "judge") if outcome == "ok" else None
-    kind = "infrastructure" if outcome == "failed" else None
-    return TaskResult(
-        name,
-        task.rollout_key,
-        task.judge_key,
-        0,
-        1,
-        outcome,
-        verdict=verdict,
-        error_kind=kind,
-        cost_usd=0.5,  # type: ignore[arg-type]
-    )
+    made = TaskResult(name, task.rollout_key, task.judge_key, 0, 1, outcome, cost_usd=0.5)
+    if outcome == "ok":
+        return replace(made, verdict=Verdict(correct, "judge"))
+    return replace(made, error_kind="infrastructure")
 
 
 class Watched:
@@ -34,7 +26,7 @@ class Watched:
         self.display = Display(self.tally, console=Console(file=self.out, width=300), timer=lambda: self.now)
 
     def finish(self, item: TaskResult) -> None:
-        self.display.started(None)  # type: ignore[arg-type]
+        self.display.started(WorkItem(Task(item.task_id, "q", "a"), 0))
         self.tally.counts[item.outcome] += 1
         self.display.committed(item, self.tally)
 

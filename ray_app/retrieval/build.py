@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,11 @@ import numpy as np
 from ray_app.errors import DatasetError
 from ray_app.records import digest
 from ray_app.retrieval.corpus import Corpus, build_corpus
-from ray_app.retrieval.encoder import Encoder
+from ray_app.retrieval.encoder import Dtype, Encoder, load_encoder
 
 FORMAT = 1
 DOCUMENT_BATCH = 32
+SAY_EVERY_S = 10.0
 CORPUS, VECTORS, MANIFEST = "corpus.arrow", "vectors.npy", "manifest.json"
 
 Progress = Callable[[int, int], None]
@@ -67,14 +70,19 @@ def ensure_index(
 
     Raises DatasetError for a corpus that cannot be read.
     """
-    if not corpus_jsonl.is_file():
-        raise DatasetError(f"corpus {str(corpus_jsonl)!r} does not exist; expected a JSONL file")
-    folder = cache_dir / digest([FORMAT, file_hash(corpus_jsonl), encoder.name, encoder.dim])
+    folder = index_folder(corpus_jsonl, encoder.name, cache_dir)
     cache_dir.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{folder}.lock"):
         if not (folder / MANIFEST).exists():
             _build_aside(corpus_jsonl, encoder, folder, progress)
     return folder
+
+
+def index_folder(corpus_jsonl: Path, encoder_name: str, cache_dir: Path) -> Path:
+    """Where the index of exactly this corpus file and encoder lies, built or not."""
+    if not corpus_jsonl.is_file():
+        raise DatasetError(f"corpus {str(corpus_jsonl)!r} does not exist; expected a JSONL file")
+    return cache_dir / digest([FORMAT, file_hash(corpus_jsonl), encoder_name])
 
 
 def ensure_corpus(index_dir: Path, cache_dir: Path) -> Path:
@@ -117,6 +125,22 @@ def default_cache_dir() -> Path:
     return Path(root) / "toolorch-eval" / "indexes"
 
 
+def main(corpus_jsonl: Path, cache_dir: Path, encoder: str, dtype: Dtype, device: str) -> None:
+    """Build the index with every core, saying how far it is: `python -m ray_app.retrieval.build`."""
+    started = said = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= SAY_EVERY_S or done == total:
+            said = now
+            left_s = (now - started) / done * (total - done)
+            print(f"index: {done} of {total} documents embedded, about {left_s:.0f} s left", flush=True)
+
+    loaded = load_encoder(encoder, device=device, threads=os.cpu_count(), dtype=dtype)
+    ensure_index(corpus_jsonl, loaded, cache_dir, progress)
+
+
 def _build_aside(corpus_jsonl: Path, encoder: Encoder, folder: Path, progress: Progress) -> None:
     aside = Path(tempfile.mkdtemp(prefix=".build-", dir=folder.parent))
     try:
@@ -143,3 +167,7 @@ def _write_json(path: Path, value: dict[str, object]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
     temporary.replace(path)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5])  # type: ignore[arg-type]

@@ -56,6 +56,11 @@ class HandleRetriever:
         info: dict[str, str] = await self._retrying(lambda handle: handle.info.remote())
         return info
 
+    async def unknown_scopes(self, question_ids: list[str]) -> list[str]:
+        """Those of `question_ids` that the service would refuse to search for."""
+        unknown: list[str] = await self._retrying(lambda handle: handle.unknown_scopes.remote(question_ids))
+        return unknown
+
     async def _retrying(self, call: Callable[[Any], Awaitable[T]]) -> T:
         for attempt in range(1, ATTEMPTS):
             try:

@@ -108,6 +108,11 @@ class RetrieverDeployment:
         """What this service is: digest, encoder, index, sizes and policy."""
         return self._info
 
+    async def unknown_scopes(self, question_ids: list[str]) -> list[str]:
+        """Those of `question_ids` that a scoped search would refuse."""
+        scopes = self._retriever.searcher.scopes
+        return [name for name in question_ids if scopes is None or name not in scopes.positions]
+
     async def search(self, query: Query) -> list[Hit]:
         """As `retrieve`."""
         ticket: Ticket = await self._enqueue(query)

@@ -135,8 +135,12 @@ def load_encoder(
         raise ConfigError(
             f"encoder {name!r} cannot be loaded ({reason}); expected 'minilm', a model folder or a hub id"
         ) from None
-    label = name if dtype == "float32" else f"{name}@{dtype}"
-    return SentenceEncoder(label, model, prompts_of(name, model.prompts))
+    return SentenceEncoder(encoder_label(name, dtype), model, prompts_of(name, model.prompts))
+
+
+def encoder_label(name: str, dtype: Dtype) -> str:
+    """What an index records of the encoder that made it."""
+    return name if dtype == "float32" else f"{name}@{dtype}"
 
 
 def prompts_of(name: str, own: Mapping[str, str]) -> Prompts:

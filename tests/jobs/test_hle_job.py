@@ -1,0 +1,148 @@
+"""The HLE job as a user runs it: on a real cluster of two raylets, stopped, killed, submitted."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_app import events
+from tests.jobs.cluster import Cluster, finished, running, until
+
+pytestmark = pytest.mark.cluster
+DONE = r"^\[HLE_TASK_COMPLETE\] .* status=done"
+QUESTIONS = 60
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with running(tmp_path_factory.mktemp("cluster"), latency_s=0.15) as found:
+        yield found
+
+
+def figures(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(path.read_text())
+    return values
+
+
+def counted(run_dir: Path) -> list[str]:
+    """The task id of every counted result."""
+    ids: list[str] = events.results(run_dir)["task_id"].to_pylist()
+    return ids
+
+
+def rows(run_dir: Path, *columns: str) -> list[dict[str, Any]]:
+    return [row for batch in events.read(run_dir, columns) for row in batch.to_pylist()]
+
+
+def test_a_run_on_two_raylets_is_scored_and_the_second_makes_no_call(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    run_dir, out = tmp_path / "run", tmp_path / "figures.json"
+    arguments = ("--run-dir", str(run_dir), "--json", str(out))
+    output = finished(cluster.job(*arguments))
+    first = figures(out)
+    assert (first["planned"], first["ok"], first["exit_code"]) == (QUESTIONS, QUESTIONS, 0), output
+    assert first["model_calls"] == first["model_calls_total"] > 3 * QUESTIONS
+    assert 0.35 <= first["accuracy"] <= 0.75
+    assert first["interval"][0] < first["accuracy"] < first["interval"][1]
+    assert "60 planned = 60 ok + 0 failed + 0 limited + 0 owed + 0 pending" in output
+    assert (run_dir / "analysis" / "overview.png").stat().st_size > 10_000
+    assert json.loads((run_dir / "provenance.json").read_text())["dataset_sha256"]
+    assert list((run_dir / "logs").glob("replica_baseline*.log"))
+    workers = {
+        row["worker"].split(":")[0] for row in rows(run_dir, "worker", "kind") if row["kind"] == "attempt"
+    }
+    assert len(workers) == 2, "both raylets take part"
+
+    again = finished(cluster.job(*arguments))
+    assert "No model is called." in again
+    assert figures(out)["model_calls"] == 0
+    assert sorted(counted(run_dir)) == sorted(set(counted(run_dir)))
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_a_driver_that_is_stopped_or_killed_half_way_is_finished_by_the_same_command(
+    cluster: Cluster, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    run_dir, out = tmp_path / "run", tmp_path / "figures.json"
+    arguments = ("--run-dir", str(run_dir), "--json", str(out), "--set", "concurrency=6")
+    job = cluster.job(*arguments)
+    until(job, DONE, times=QUESTIONS // 3)
+    job.send_signal(number)
+    output = finished(job)
+    assert job.returncode == code
+    if number != signal.SIGKILL:
+        assert "stays pending for the next run" in output and " pending" in output
+        assert 0 < figures(out)["pending"] < QUESTIONS
+    done_before = len(counted(run_dir))
+    assert QUESTIONS // 3 <= done_before < QUESTIONS
+
+    output = finished(cluster.job(*arguments))
+    last = figures(out)
+    assert (last["ok"], last["pending"], last["exit_code"]) == (QUESTIONS, 0, 0), output
+    assert Counter(counted(run_dir)).most_common(1)[0][1] == 1
+    assert len(counted(run_dir)) == QUESTIONS
+    # What was finished is not run again, and what was in flight goes on from its recorded calls.
+    results = [row for row in rows(run_dir, "kind", "epoch", "task_id") if row["kind"] == "result"]
+    assert len(results) == QUESTIONS
+    ok_calls = [
+        (row["rollout_key"], row["call_seq"])
+        for row in rows(run_dir, "kind", "status", "rollout_key", "call_seq")
+        if row["kind"] == "model_call" and row["status"] == "ok"
+    ]
+    repeated = len(ok_calls) - len(set(ok_calls))
+    assert repeated == 0 if number != signal.SIGKILL else repeated <= 6
+
+
+def test_both_forms_of_submission_run_the_job_and_resume_it(cluster: Cluster) -> None:
+    services = ("--set", f"services={cluster.serve_config}")
+    for name, form in (("typed", ()), ("packaged", ("--address", cluster.dashboard, "--working-dir", "."))):
+        command = (
+            "--",
+            "env",
+            f"RUN_NAME={name}",
+            "python",
+            "jobs/hle.py",
+            "--set",
+            "dataset.limit=8",
+            *services,
+        )
+        first = cluster.submit(*form, *command)
+        assert first.returncode == 0, first.stdout
+        assert "8 planned = 8 ok" in first.stdout and "succeeded" in first.stdout
+        second = cluster.submit(*form, *command)
+        assert second.returncode == 0 and "No model is called." in second.stdout
+        record = json.loads((cluster.folder / "home" / "runs" / name / "provenance.json").read_text())
+        assert record["commit"] != "unknown", "a submitted copy finds its commit by its code digest"
+
+
+def test_services_that_differ_are_deployed_again_and_equal_ones_are_used(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    output = finished(cluster.job("--run-dir", str(tmp_path / "a"), "--set", "dataset.limit=1"))
+    assert output.count("running, same config and code") == 2, output
+    output = finished(cluster.job("--run-dir", str(tmp_path / "b"), "--set", "dataset.limit=1", "--fresh"))
+    assert output.count("redeployed (--fresh)") == 2 and "1 ok" in output, output
+
+
+def test_a_service_that_dies_is_a_failure_of_infrastructure_and_the_resume_mends_it(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    out = tmp_path / "figures.json"
+    arguments = ("--run-dir", str(tmp_path / "run"), "--json", str(out), "--set", "dataset.limit=3")
+    dead = ("--set", "models.baseline.endpoints=[{base_url: http://127.0.0.1:9/v1}]", "--set", "attempts=1")
+    job = cluster.job(*arguments, *dead)
+    output = finished(job)
+    assert job.returncode == 1
+    assert figures(out)["failed"] == 3 and "infrastructure" in output
+    job = cluster.job(*arguments)
+    output = finished(job)
+    assert (job.returncode, figures(out)["ok"]) == (0, 3), output
