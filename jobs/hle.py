@@ -22,7 +22,7 @@ from ray_app import adopt as adoption
 from ray_app import driver, preview
 from ray_app.config import load
 from ray_app.errors import EvalError
-from ray_app.hle import SolverInWorker, check_scopes, read_job
+from ray_app.hle import SolverInWorker, check_services, read_job
 
 
 def main(
@@ -53,14 +53,14 @@ def main(
             raise typer.Exit(0 if is_complete else 2)
         if adopt is not None:
             console.print(driver.adopt(job, adoption.read_results(adopt, job.tasks_by_id)))
-        solver_for = partial(SolverInWorker, job.config, job.prompts)
-        ending = driver.carry_out(
-            job, solver_for, check_scopes, console=console, fresh=fresh, retry_failed=retry_failed
-        )
-        driver.finish(job, ending, json, console)
+        solver_for = partial(SolverInWorker, job.config, job.prompts, job.isolation, job.keys())
+        command = driver.Command(console, solver_for, check_services, fresh, retry_failed, json)
+        raise typer.Exit(driver.carry_out(job, command))
     except EvalError as error:
         raise typer.Exit(driver.report_error(error, console)) from None
-    raise typer.Exit(ending.exit_code)
+    except driver.Stopped as stopped:
+        console.print("stopped before the first task; nothing was paid")
+        raise typer.Exit(stopped.exit_code) from None
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

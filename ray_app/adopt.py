@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,15 +53,17 @@ def _adopt(path: Path, tasks: Mapping[str, Task]) -> TaskResult | str:
         row = json.loads(path.read_text())
         task = tasks.get(str(row["id"]))
         is_correct, status = row["correct"], row.get("status", "done")
-    except (OSError, ValueError, KeyError, TypeError):
+        responses = [item for turn in (row.get("all_tool_responses") or {}).values() for item in turn]
+        failed_tools = [item for item in responses if "tool_error" in item]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "torn or not a result file"
     if task is None:
         return "question is not in the dataset"
-    if status != "done" or "error_type" in row or not isinstance(is_correct, bool):
+    if status != "done" or "error_type" in row or failed_tools or not isinstance(is_correct, bool):
         return "ended in an error"
     if row.get("answer", task.answer) != task.answer or row.get("problem", task.question) != task.question:
         return "another question text or reference answer"
-    prediction = _prediction(row)
+    prediction = _prediction(responses)
     turns = len(row.get("all_message_responses") or ())
     verdict = None if prediction is None else Verdict(is_correct, "judge", prediction, judge_model=ADOPTED)
     return TaskResult(
@@ -81,8 +83,7 @@ def _adopt(path: Path, tasks: Mapping[str, Task]) -> TaskResult | str:
     )
 
 
-def _prediction(row: Mapping[str, Any]) -> str | None:
+def _prediction(responses: Sequence[Mapping[str, Any]]) -> str | None:
     """What the `answer` tool predicted, or None if the rollout never answered."""
-    responses = [item for turn in (row.get("all_tool_responses") or {}).values() for item in turn]
-    answers = [item for item in responses if isinstance(item, dict) and item.get("tool") == "answer"]
+    answers = [item for item in responses if item.get("tool") == "answer"]
     return str(answers[-1].get("pred", "")) if answers else None

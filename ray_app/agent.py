@@ -109,13 +109,14 @@ class Agent:
 
     def _offered(self, space: Workspace) -> dict[str, Tool]:
         """The tools of this turn; the explicit options of the config may leave one out."""
+        waits = {"answer"} if self.config.require_documents and not space.documents else set()
         last = space.tools_used[-2:]
         is_repeat = self.config.repeat_tool == "forbid" and len(last) == 2 and last[0] == last[1]
-        hidden = {last[0]} if is_repeat else set()
-        if self.config.require_documents and not space.documents:
-            hidden |= {"answer"}
-        offered: dict[str, Tool] = {tool.name: tool for tool in self.tools if tool.name not in hidden}
-        return offered or {tool.name: tool for tool in self.tools}
+        repeated = {last[0]} if is_repeat else set()
+        # Where nothing else is left, a repeat is better than an answer from nothing.
+        allowed = [tool for tool in self.tools if tool.name not in waits]
+        fresh = [tool for tool in allowed if tool.name not in repeated]
+        return {tool.name: tool for tool in fresh or allowed}
 
     def _check_limits(self, journal: Journal) -> None:
         used = journal.usage.prompt_tokens + journal.usage.completion_tokens

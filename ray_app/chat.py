@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import aiohttp
 import httpx2  # the openai SDK's transport; errors in mid-stream reach us unwrapped
@@ -32,6 +33,7 @@ CONNECT_TIMEOUT_S = 10.0
 MAX_CONNECTIONS = 2048
 
 OVERFLOW_CODES = ("context_length_exceeded", "string_above_max_length")
+UNSUPPORTED_CODES = ("unsupported_parameter", "unsupported_value")
 OVERFLOW_WORDS = (
     "maximum context length",
     "context length",
@@ -73,11 +75,18 @@ class Route:
             http_client=openai.DefaultAioHttpClient(
                 limits=openai.DEFAULT_CONNECTION_LIMITS.__class__(max_connections=MAX_CONNECTIONS),
                 timeout=openai.Timeout(None, connect=CONNECT_TIMEOUT_S),
+                # A proxy named in the environment is for the outside, never for our own services.
+                trust_env=not _is_loopback(url),
             ),
         )
         # The SDK takes these from the environment; they belong to another service than this one.
         self.client.organization = None
         self.client.project = None
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    return host == "localhost" or host.startswith("127.") or host == "::1"
 
 
 def _key(endpoint: Endpoint, environ: Mapping[str, str]) -> str:
@@ -135,7 +144,7 @@ class Router:
             except (openai.APIError, EndpointError) as error:
                 fault = classify(error, route.url)
                 if not isinstance(fault, EndpointError) or attempt == MAX_TRIES - 1:
-                    raise fault from None
+                    raise _counted(fault, attempt) from None
                 route.failed_at = time.monotonic()
                 await asyncio.sleep(self._pause(attempt, error))
             finally:
@@ -161,7 +170,9 @@ class Router:
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT_S):
                     listed = [item.id async for item in route.client.models.list()]
-            except (openai.APIError, TimeoutError) as error:
+            except openai.NotFoundError:
+                continue  # it answers, and lists no models
+            except (openai.APIError, TimeoutError, httpx2.HTTPError, aiohttp.ClientError) as error:
                 return f"{route.url}: {_one_line(error)}"
             name = self._models[model].served_name or model
             if name not in listed:
@@ -251,7 +262,7 @@ def _body(request: ChatRequest, model: ModelConfig) -> dict[str, Any]:
     return {
         "model": model.served_name or request.model,
         "messages": [as_openai(message) for message in request.messages],
-        "max_tokens": sampling.max_tokens,
+        model.token_limit_field: sampling.max_tokens,
         "stream": True,
         "stream_options": {"include_usage": True},
         **{key: value for key, value in optional.items() if value is not None},
@@ -283,6 +294,11 @@ def cost(usage: Usage, model: ModelConfig) -> float:
     return total / 1e6
 
 
+def _counted(fault: Exception, retries: int) -> Exception:
+    fault.retries = retries  # type: ignore[attr-defined]  # read by the journal's error event
+    return fault
+
+
 def classify(error: Exception, url: str) -> Exception:
     """The typed form of an SDK error: terminal (ContextOverflow, Refusal) or worth another try."""
     if isinstance(error, EndpointError):
@@ -295,6 +311,9 @@ def classify(error: Exception, url: str) -> Exception:
         code in OVERFLOW_CODES or any(words in text.lower() for words in OVERFLOW_WORDS)
     ):
         return ContextOverflow(f"endpoint {url}: {text}")
+    if code in UNSUPPORTED_CODES:
+        # What we send, not what is asked: the user mends the config, and every task may run again.
+        return AccessDenied(f"endpoint {url}: {text}; set token_limit_field or sampling in the config")
     if error.status_code in {400, 413, 422}:
         return Refusal(f"endpoint {url}: HTTP {error.status_code}: {text}")
     if error.status_code in {401, 403, 404}:

@@ -25,8 +25,10 @@ TOOL_NAMES: tuple[ToolName, ...] = ("enhance_reasoning", "search", "answer")
 
 # Keys that change how fast or where a run goes, never what it measures: a resume may differ in them.
 OPERATIONAL_KEYS = frozenset(
-    {"run_name", "concurrency", "workers", "attempts", "services", "endpoints_file", "retriever", "prompts"}
+    {"run_name", "concurrency", "workers", "attempts", "services", "endpoints_file", "prompts"}
 )
+MODEL_PLACE = frozenset({"endpoints", "timeout_s"})
+RETRIEVER_PLACE = frozenset({"service", "url", "timeout_s"})
 ENVIRONMENT_KEYS = {
     "CONCURRENCY": "concurrency",
     "MAX_ROUNDS": "limits.max_rounds",
@@ -74,6 +76,9 @@ class ModelConfig(Section):
     accepts_images: bool = False
     answer_format: Literal["tags", "boxed"] = "tags"
     timeout_s: float = Field(600.0, gt=0)
+    token_limit_field: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="what the endpoint calls it; OpenAI's reasoning models want the second"
+    )
     extra_body: dict[str, Any] = {}
 
 
@@ -134,6 +139,9 @@ class Orchestrator(Section):
 class Judge(Section):
     model: str
     sampling: JudgeSampling = JudgeSampling()
+    official_prompt_digest: str | None = Field(
+        None, description="digest of the official judge prompt; a user's prompt that has it is labelled hle"
+    )
 
 
 class Dataset(Section):
@@ -218,20 +226,34 @@ class RunConfig(Section):
                 raise ValueError(f"{where}: unknown model {model!r}; models has {', '.join(self.models)}")
         if "answer" not in self.tools:
             raise ValueError("tools: expected at least `answer`; without it no question can end")
+        if self.orchestrator.require_documents and not (self.retriever.enabled and "search" in self.tools):
+            raise ValueError("orchestrator.require_documents: needs search, or `answer` is never offered")
         return self
+
+    def models_used(self) -> list[str]:
+        """The models that calls can go to, each once."""
+        experts = [alias.model for aliases in self.tools.values() for alias in aliases.values()]
+        return sorted({self.orchestrator.model, self.judge.model, *experts})
+
+    def key_names(self) -> list[str]:
+        """The variables that hold keys of the models used."""
+        endpoints = [endpoint for name in self.models_used() for endpoint in self.models[name].endpoints]
+        return sorted({endpoint.api_key_env for endpoint in endpoints if endpoint.api_key_env})
 
     def measured(self) -> dict[str, Any]:
         """The part of the config that decides what is measured; the rest may differ on resume."""
         whole = self.model_dump(mode="json")
-        whole["models"] = {
-            name: {key: value for key, value in model.items() if key not in {"endpoints", "timeout_s"}}
-            for name, model in whole["models"].items()
-        }
+        whole["models"] = {name: _without(model, MODEL_PLACE) for name, model in whole["models"].items()}
+        whole["retriever"] = _without(whole["retriever"], RETRIEVER_PLACE)
         return {key: value for key, value in whole.items() if key not in OPERATIONAL_KEYS}
 
     @property
     def digest(self) -> str:
         return digest(self.measured())
+
+
+def _without(section: dict[str, Any], keys: frozenset[str]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key not in keys}
 
 
 def load(path: Path, overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> RunConfig:
@@ -286,7 +308,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"--config {path}: {error.strerror}; expected a run config such as configs/hle_sample.yaml"
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of config keys, got {type(values).__name__}")
@@ -300,7 +322,10 @@ def _assign(values: dict[str, Any], key: str, text: str, *, source: str) -> None
         section = section.setdefault(part, {})
         if not isinstance(section, dict):
             raise ConfigError(f"{source}: {part!r} is a value, not a section")
-    section[last] = yaml.safe_load(text) if last != "run_name" else text
+    try:
+        section[last] = yaml.safe_load(text) if last != "run_name" else text
+    except yaml.YAMLError:
+        raise ConfigError(f"{source}: {text!r} is not a YAML value") from None
 
 
 def _with_endpoints_file(config: RunConfig) -> RunConfig:
@@ -308,27 +333,26 @@ def _with_endpoints_file(config: RunConfig) -> RunConfig:
     path = Path(config.endpoints_file or "")
     try:
         listed = json.loads(path.read_text())
-        found = {
-            name: tuple(Endpoint(base_url=f"http://{item['ip_addr']}:{item['port']}/v1") for item in items)
-            for name, items in listed.items()
-            if name in config.models and items
-        }
+        addresses = {name: _addresses(items) for name, items in listed.items() if isinstance(items, list)}
     except OSError as error:
         raise ConfigError(f"endpoints_file {path}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
-            f'endpoints_file {path}: expected {{"model": [{{"ip_addr": ..., "port": ...}}]}} ({error})'
+            f'endpoints_file {path}: expected {{"model": [{{"ip_addr": ..., "port": ...}}]}} ({error!r})'
         ) from None
-    models = {
-        name: model.model_copy(update={"endpoints": found.get(name, model.endpoints)})
-        for name, model in config.models.items()
-    }
+    models = dict(config.models)
+    for name in models.keys() & addresses.keys():
+        if addresses[name]:
+            endpoints = tuple(Endpoint(base_url=f"{address}/v1") for address in addresses[name])
+            models[name] = models[name].model_copy(update={"endpoints": endpoints})
     retriever = config.retriever
-    if listed.get("retrieval"):
-        first = listed["retrieval"][0]
-        url = f"http://{first['ip_addr']}:{first['port']}"
-        retriever = retriever.model_copy(update={"service": None, "url": url})
+    if addresses.get("retrieval"):
+        retriever = retriever.model_copy(update={"service": None, "url": addresses["retrieval"][0]})
     return config.model_copy(update={"models": models, "retriever": retriever})
+
+
+def _addresses(items: list[dict[str, Any]]) -> list[str]:
+    return [f"http://{item['ip_addr']}:{int(item['port'])}" for item in items]
 
 
 def differing_keys(mine: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from ray_app.config import Dataset
 from ray_app.errors import DatasetError
-from ray_app.records import Task
+from ray_app.records import Task, digest
 
 HUB_NAME = "cais/hle"
 HUB_FILE = "data/test-00000-of-00001.parquet"
@@ -38,6 +38,11 @@ class TaskSet:
     source: str
     canary: str
     left_out: Mapping[str, int]
+
+    @property
+    def digest(self) -> str:
+        """Equal for the same questions with the same scopes, whatever their order and answers."""
+        return digest(sorted(task.rollout_key for task in self.tasks))
 
 
 def load_tasks(
@@ -137,7 +142,7 @@ def _check(rows: Sequence[tuple[int, Mapping[str, Any]]], source: str) -> None:
     problems = []
     seen: dict[str, int] = {}
     for number, row in rows:
-        missing = [key for key in REQUIRED if row.get(key) in {None, ""}]
+        missing = [key for key in REQUIRED if row.get(key) in (None, "")]
         if missing:
             problems.append(f"line {number}: no {', '.join(missing)}")
         kind = row.get("answer_type") or "exactMatch"

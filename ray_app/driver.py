@@ -8,44 +8,46 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from ray_app import engine, event_writer, events, lease, rundir, services
+from ray_app import engine, event_writer, events, lease, ray_cluster, rundir, services
 from ray_app.adopt import Adoption
 from ray_app.config import RunConfig
 from ray_app.dataset import TaskSet
-from ray_app.errors import ConfigError, EvalError, UserError
+from ray_app.errors import ConfigError, EvalError, StorageError, UserError
 from ray_app.event_writer import EventWriter
 from ray_app.progress import Display
 from ray_app.prompting import Prompts
-from ray_app.records import Event, Task
+from ray_app.records import Event, EventKind, Task
 from ray_app.sandbox import NAMESPACES
 from ray_app.services import ServeConfig
 
-SolverFor = Callable[[Mapping[str, str]], engine.SolverFactory]
-Check = Callable[["Job"], Coroutine[None, None, None]]
-# Our services and workers wait far more than they compute: more logical cores than real ones.
-MIN_LOGICAL_CPUS = 4
-MAX_LOG_BYTES = 4 << 20
 PIPE_WIDTH = 120
+# So many failures of infrastructure in a row say that something is down, whatever runs at once.
+MIN_FAILURES_IN_A_ROW = 20
 
 
 @dataclass(frozen=True)
 class Job:
-    """One benchmark run, read and checked; nothing is started yet."""
+    """One benchmark run, read and checked; nothing is started yet.
+
+    `identity` is what else than the config must be equal on a resume.
+    """
 
     config: RunConfig
     data: TaskSet
     prompts: Prompts
+    identity: Mapping[str, str]
     run_dir: Path
     serve_config: ServeConfig
     isolation: tuple[str, ...]
@@ -58,10 +60,14 @@ class Job:
     def tasks_by_id(self) -> dict[str, Task]:
         return {task.task_id: task for task in self.data.tasks}
 
-    @property
-    def identity(self) -> dict[str, str]:
-        """What else than the config must be equal on a resume."""
-        return {"prompt_digest": self.prompts.digest, "dataset_sha256": self.data.sha256}
+    def keys(self, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+        """The API keys that the config names. Raises ConfigError for one that is not set."""
+        missing = [name for name in self.config.key_names() if not environ.get(name)]
+        if missing:
+            raise ConfigError(
+                f"api_key_env {missing[0]}: the variable is empty; export it or drop api_key_env"
+            )
+        return {name: environ[name] for name in self.config.key_names()}
 
     def facts(self) -> dict[str, Any]:
         """What every score of this run is printed with."""
@@ -69,7 +75,7 @@ class Job:
         return {
             "planned": len(self.tasks) * config.trials,
             "benchmark": config.benchmark,
-            "protocol": config.protocol,
+            "protocol": self.protocol_label(),
             "orchestrator": config.orchestrator.model,
             "judge_model": config.judge.model,
             "prompt_digest": self.prompts.digest + ("" if self.prompts.is_bundled else " (user's prompts)"),
@@ -81,12 +87,40 @@ class Job:
             "commit": rundir.commit(),
         }
 
+    def protocol_label(self) -> str:
+        """The protocol as a score may name it: `hle` only with the official judge prompt."""
+        if self.config.protocol != "hle-style":
+            return self.config.protocol
+        official = self.config.judge.official_prompt_digest
+        if official is not None and self.prompts.digest_of("judge_hle") == official:
+            return "hle"
+        return "hle-style (own prompt, not leaderboard-comparable)"
+
     def _sandbox_fact(self) -> str:
         if not self.config.code.enabled:
             return "code execution off"
         missing = [layer for layer in NAMESPACES if layer not in self.isolation]
         held = " ".join(self.isolation)
         return f"{held}; NOT ISOLATED: {' '.join(missing)}" if missing else held
+
+
+@dataclass(frozen=True)
+class Command:
+    """How a job is carried out: where it prints, and what the user asked for beside the config.
+
+    `solver_for` makes the solver factory once the services' addresses are known; `check` asks the
+    services once they are up, before anything is paid, and returns what of them a resume must share.
+    """
+
+    console: Console
+    solver_for: Callable[[Mapping[str, str]], engine.SolverFactory]
+    check: Callable[[Job, Mapping[str, str]], Coroutine[None, None, dict[str, str]]]
+    is_fresh: bool = False
+    retry_failed: bool = False
+    json_path: Path | None = None
+
+    def say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,89 +139,110 @@ class Ending:
         return 1 if counts["failed"] or self.tally.pending else 3 if counts["owed"] else 0
 
 
+class Stopped(BaseException):
+    """SIGINT or SIGTERM before the engine runs: nothing is in flight yet."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+
 def make_plan(job: Job, *, retry_failed: bool) -> engine.Plan:
     """What the run directory leaves to do; everything, where there is none yet."""
-    has_log = rundir.check_resumable(job.run_dir, job.config, job.identity) and (job.run_dir / "log").exists()
-    results = events.results(job.run_dir).to_pylist() if has_log else []
+    has_run = rundir.check_resumable(job.run_dir, job.config, job.identity)
+    results = events.results(job.run_dir).to_pylist() if has_run and (job.run_dir / "log").exists() else []
     return engine.plan(job.tasks, job.config.trials, results, retry_failed=retry_failed)
 
 
-def carry_out(
-    job: Job, solver_for: SolverFor, check: Check, *, console: Console, fresh: bool, retry_failed: bool
-) -> Ending:
-    """Run what is left of `job` and commit it. Raises EvalError with one line for the user.
+def carry_out(job: Job, command: Command) -> int:
+    """Run what is left of `job`, commit it, report it; the exit code.
 
-    `check` is asked once the services are up and before anything is paid.
+    Raises EvalError with one line for the user, Stopped when a signal comes before the engine runs.
     """
-    make_plan(job, retry_failed=retry_failed)  # another config is refused before anything is touched
-    rundir.open_run(job.run_dir, job.config, job.identity)
-    held = lease.take(job.run_dir)
-    try:
-        work = make_plan(job, retry_failed=retry_failed)
-        if not work.items:
-            console.print(f"Nothing left to run: {work.kept.line()}. No model is called.", highlight=False)
-            return Ending(work.kept, held.epoch)
-        return _run(job, work, solver_for, check, held, console=console, fresh=fresh)
-    finally:
-        held.release()
+    if command.json_path is not None and not command.json_path.absolute().parent.is_dir():
+        raise ConfigError(f"--json {command.json_path}: no such folder; make it first")
+    with _owned(job) as held:
+        work = make_plan(job, retry_failed=command.retry_failed)
+        if work.items:
+            with signals_raise():
+                ending = _run(job, work, command, held)
+        else:
+            command.say(f"Nothing left to run: {work.kept.line()}. No model is called.")
+            ending = Ending(work.kept, held.epoch)
+        # The lease is held to the end: a log may be compacted only while nobody else writes to it.
+        finish(job, ending, command)
+    return ending.exit_code
 
 
 def adopt(job: Job, adoption: Adoption) -> str:
     """Commit the adopted results that the run does not have yet; says how many."""
-    rundir.open_run(job.run_dir, job.config, job.identity)
-    held = lease.take(job.run_dir)
-    try:
+    if job.config.protocol != "toolorchestra":
+        raise ConfigError(
+            f"--adopt: such results were judged by toolorchestra, this run is {job.config.protocol}"
+        )
+    with _owned(job) as held:
         left = {item.key for item in make_plan(job, retry_failed=False).items}
         taken = [result for result in adoption.results if (result.rollout_key, result.trial) in left]
         options = _options(job, held, len(taken))
         log = options.writer("adopt")
+        log.append(_mark("run_start", options, json.dumps(job.facts() | {"adopted": len(taken)})))
         for result in taken:
             log.append(engine.result_event(result, options, log))
         log.close()
+    return f"{adoption.line()}; {len(taken)} of them were not in the run yet"
+
+
+@contextmanager
+def _owned(job: Job) -> Iterator[lease.Lease]:
+    """The run directory with its lease. Refused: another run's directory, another driver's run."""
+    try:
+        rundir.check_resumable(job.run_dir, job.config, job.identity)
+        held = lease.take(job.run_dir)
+    except OSError as error:
+        raise rundir.unusable(job.run_dir, error) from None
+    try:
+        rundir.open_run(job.run_dir, job.config, job.identity)
+        yield held
+    except OSError as error:
+        name = error.filename or job.run_dir
+        raise StorageError(
+            f"{name}: {error.strerror or error}; what was committed is kept, run again"
+        ) from None
     finally:
         held.release()
-    return f"{adoption.line()}; {len(taken)} of them were not in the run yet"
 
 
 def _options(job: Job, held: lease.Lease, items: int) -> engine.Options:
     config = job.config
-    workers = max(1, min(config.workers, items))
     return engine.Options(
         run_dir=job.run_dir,
         run_id=job.run_dir.name,
         epoch=held.epoch,
         concurrency=config.concurrency,
-        workers=workers,
+        workers=max(1, min(config.workers, items)),
         attempts=config.attempts,
+        give_up_after=max(MIN_FAILURES_IN_A_ROW, config.concurrency),
         canary=job.data.canary,
     )
 
 
-def _run(
-    job: Job,
-    work: engine.Plan,
-    solver_for: SolverFor,
-    check: Check,
-    held: lease.Lease,
-    *,
-    console: Console,
-    fresh: bool,
-) -> Ending:
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False)
-
-    connect(say)
-    services.ensure(job.serve_config, services.needed(job.config), fresh=fresh, say=say)
-    asyncio.run(check(job))
-    make_solver = solver_for(job.serve_config.urls(head_address()))
+def _run(job: Job, work: engine.Plan, command: Command, held: lease.Lease) -> Ending:
+    started = time.time()
+    ray_cluster.connect(command.say)
+    raise_on_signals()  # Ray has put its own handler in place
+    needed = services.needed(job.config)
+    services.ensure(job.serve_config, needed, fresh=command.is_fresh, say=command.say)
+    urls = job.serve_config.urls(ray_cluster.head_address())
+    rundir.confirm(job.run_dir, asyncio.run(command.check(job, urls)))
+    make_solver = command.solver_for(urls)
     work = engine.with_recorded_calls(work, job.run_dir)
     options = _options(job, held, len(work.items))
     log = options.writer("driver")
     try:
-        return asyncio.run(_drive(job, work, make_solver, options, log=log, held=held, console=console))
+        return asyncio.run(_drive(job, work, make_solver, options, command, log=log, held=held))
     finally:
         log.close()
-        keep_service_logs(job.run_dir)
+        ray_cluster.keep_service_logs(job.run_dir, since=started)
 
 
 async def _drive(
@@ -195,21 +250,23 @@ async def _drive(
     work: engine.Plan,
     make_solver: engine.SolverFactory,
     options: engine.Options,
+    command: Command,
     *,
     log: EventWriter,
     held: lease.Lease,
-    console: Console,
 ) -> Ending:
     stop = asyncio.Event()
     caught: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, caught, stop, console)
-    facts = job.facts() | {"provenance": rundir.provenance()}
-    rundir.write_json(
-        job.run_dir / "provenance.json", facts | job.identity | {"config_digest": job.config.digest}
+        asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, caught, stop, command)
+    record = (
+        job.facts()
+        | dict(job.identity)
+        | {"dataset_sha256": job.data.sha256, "config_digest": job.config.digest}
     )
+    rundir.write_json(job.run_dir / "provenance.json", record | rundir.provenance())
     log.append(_mark("run_start", options, json.dumps(job.facts())))
-    display = Display(work.kept, marker=job.config.benchmark.upper(), console=console)
+    display = Display(work.kept, marker=job.config.benchmark.upper(), console=command.console)
     for task_id in _skipped(job, work):
         display.skipped(task_id)
     try:
@@ -217,17 +274,38 @@ async def _drive(
     finally:
         display.close()
     log.append(_mark("run_end", options, tally.line()))
-    return Ending(tally, options.epoch, caught[0] if caught else None)
+    return Ending(tally, options.epoch, caught[0] if caught and tally.pending else None)
 
 
-def _on_signal(number: int, caught: list[int], stop: asyncio.Event, console: Console) -> None:
+def _on_signal(number: int, caught: list[int], stop: asyncio.Event, command: Command) -> None:
     caught.append(number)
     stop.set()
-    name = signal.Signals(number).name
-    console.print(f"{name}: stopping; what is in flight stays pending for the next run", highlight=False)
+    command.say(f"{signal.Signals(number).name}: stopping; what is in flight stays pending for the next run")
 
 
-def _mark(kind: Any, options: engine.Options, detail: str) -> Event:
+@contextmanager
+def signals_raise() -> Iterator[None]:
+    """SIGINT and SIGTERM raise Stopped inside; what stood before stands after."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    raise_on_signals()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(number, handler)
+
+
+def raise_on_signals() -> None:
+    def stop(number: int, frame: object) -> None:
+        raise Stopped(number)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
+
+
+def _mark(kind: EventKind, options: engine.Options, detail: str) -> Event:
     return Event(kind=kind, t_start=time.time(), run_id=options.run_id, epoch=options.epoch, detail=detail)
 
 
@@ -237,82 +315,25 @@ def _skipped(job: Job, work: engine.Plan) -> list[str]:
     return [task.task_id for trial in trials for task in job.tasks if (task.rollout_key, trial) not in left]
 
 
-def connect(say: Any) -> None:
-    """Connect to the Ray cluster that is running, or start one on this machine for this job."""
-    import ray
-
-    for name in ("ray", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    if not os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
-        # A submitted job has its working directory; everyone else imports this checkout.
-        quiet["runtime_env"] = {"env_vars": {"PYTHONPATH": str(rundir.PACKAGE)}}
-    asked = os.environ.get("RAY_ADDRESS", "auto")
-    try:
-        if asked == "local":
-            raise ConnectionError
-        ray.init(address=asked, **quiet)
-        say(f"Ray: connected to {ray.get_runtime_context().gcs_address}")
-    except ConnectionError as error:
-        if "multiple" in str(error):
-            raise ConfigError(f"several Ray clusters run on this machine; choose one: {error}") from None
-        if asked not in {"auto", "local"}:
-            raise ConfigError(f"RAY_ADDRESS {asked}: no Ray cluster answers there ({error})") from None
-        cpus = max(MIN_LOGICAL_CPUS, os.cpu_count() or 1)
-        context = ray.init(address="local", num_cpus=cpus, include_dashboard=True, **quiet)
-        say(f"Ray: started on this machine; dashboard http://{context.dashboard_url}")
-
-
-def head_address() -> str:
-    """The address of the cluster's head node, where the Serve proxy answers."""
-    import ray
-
-    for node in ray.nodes():
-        if "node:__internal_head__" in node["Resources"]:
-            return str(node["NodeManagerAddress"])
-    return "127.0.0.1"
-
-
-def keep_service_logs(run_dir: Path) -> None:
-    """Copy the end of this node's Serve logs (services, model servers) into the run directory."""
-    import ray
-
-    if not ray.is_initialized():
-        return
-    node = ray._private.worker._global_node  # the session folder has no public name
-    source = Path(node.get_logs_dir_path()) / "serve" if node else None
-    if source is None or not source.is_dir():
-        return
-    target = run_dir / "logs"
-    target.mkdir(exist_ok=True)
-    for path in source.glob("*.log"):
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - MAX_LOG_BYTES))
-            (target / path.name).write_bytes(file.read())
-
-
-def finish(job: Job, ending: Ending, json_path: Path | None, console: Console) -> dict[str, Any]:
-    """Compact the log of an ended run, analyse it, print the page that people read, return the figures."""
-    from analysis import tables
+def finish(job: Job, ending: Ending, command: Command) -> None:
+    """Compact the log of an ended run, analyse it, print the page that people read, write the figures."""
+    from analysis import tables  # matplotlib and scipy behind it take a second
     from analysis.report import analyse
 
     if ending.tally.pending == 0:
         event_writer.compact(job.run_dir)
     output = analyse(job.run_dir)
     figures = _figures(job, ending, output.run)
-    console.print(tables.summary_page(output.run))
-    console.print(tables.tools_page(output.tools))
-    console.print(f"Accounting: {ending.tally.line()}", highlight=False)
+    command.console.print(tables.summary_page(output.run))
+    command.console.print(tables.tools_page(output.tools))
+    command.say(f"Accounting: {ending.tally.line()}")
     calls, total = figures["model_calls"], figures["model_calls_total"]
-    console.print(f"Model calls: {calls} by this command, {total} by the run so far", highlight=False)
-    console.print(
-        f"Pictures: {output.overview} and {len(output.pictures) - 1} more beside it", soft_wrap=True
-    )
-    console.print(f"Run directory: {job.run_dir}", soft_wrap=True, highlight=False)
+    command.say(f"Model calls: {calls} by this command, {total} by the run so far")
+    command.say(f"Pictures: {output.overview} and {len(output.pictures) - 1} more beside it")
+    command.say(f"Run directory: {job.run_dir}")
     rundir.write_json(job.run_dir / "summary.json", figures)
-    if json_path is not None:
-        rundir.write_json(json_path, figures)
-    return figures
+    if command.json_path is not None:
+        rundir.write_json(command.json_path, figures)
 
 
 def _figures(job: Job, ending: Ending, run: Any) -> dict[str, Any]:
@@ -324,7 +345,7 @@ def _figures(job: Job, ending: Ending, run: Any) -> dict[str, Any]:
         **{name: getattr(account, name) for name in ("ok", "failed", "limited", "owed", "pending")},
         "accuracy": account.accuracy,
         "interval": [interval.low, interval.high] if interval else None,
-        "protocol": job.config.protocol,
+        "protocol": job.protocol_label(),
         "judge_model": job.config.judge.model,
         "prompt_digest": job.prompts.digest,
         "model_calls": calls.get(ending.epoch, 0),
@@ -335,7 +356,7 @@ def _figures(job: Job, ending: Ending, run: Any) -> dict[str, Any]:
     }
 
 
-def _model_calls(run_dir: Path) -> Mapping[int, int]:
+def _model_calls(run_dir: Path) -> dict[int, int]:
     """Model calls made, by epoch: failed and repeated ones count, replayed ones are no calls."""
     query = "select epoch, count(*) from events where kind = 'model_call' group by epoch"
     with events.connect(run_dir) as log:
@@ -350,7 +371,6 @@ def make_console() -> Console:
 
 def report_error(error: EvalError, console: Console) -> int:
     """Print the one line of an error and return its exit code."""
-    console.print(
-        f"error: {' '.join(str(error).split())}", style="red", markup=False, highlight=False, soft_wrap=True
-    )
+    line = f"error: {' '.join(str(error).split())}"
+    console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
     return 2 if isinstance(error, UserError) else 1

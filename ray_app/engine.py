@@ -22,7 +22,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, TaskCancelledError
 
 from ray_app import events
-from ray_app.errors import EvalError, kind_of
+from ray_app.errors import ConfigError, EvalError, InfrastructureError, kind_of
 from ray_app.event_writer import EventWriter
 from ray_app.journal import EventSink, Journal, RecordedCall
 from ray_app.lease import Lease
@@ -34,6 +34,7 @@ RETRY_PAUSE_S = 1.0
 RUN_AGAIN = ("infrastructure", "user")
 CLOSE_TIMEOUT_S = 5.0
 TICK_S = 1.0
+READY_TIMEOUT_S = 180.0
 # Logical cores: workers wait on the network, so many fit on a core.
 WORKER_CPUS = 0.05
 
@@ -93,6 +94,7 @@ class Options:
     concurrency: int
     workers: int
     attempts: int
+    give_up_after: int = 1_000_000
     canary: str = ""  # of the dataset, carried in the metadata of every log file
 
     def writer(self, name: str) -> EventWriter:
@@ -224,8 +226,9 @@ class Worker:
         await asyncio.to_thread(self._log.flush)
         return Report(result, tuple(journal.calls) if is_retryable(result) else ())
 
-    async def ready(self) -> str:
-        return self._name
+    async def sees(self, path: Path) -> bool:
+        """Whether this worker's node has the run directory of the driver, and not one of its own."""
+        return await asyncio.to_thread(path.exists)
 
     async def close(self) -> None:
         await self._solver.close()
@@ -307,6 +310,24 @@ class WorkerPool:
         )
         return actor.remote(self._make_solver, self._options, self._made)
 
+    async def ready(self, lease_path: Path) -> None:
+        """Wait for the workers. Raises ConfigError where one cannot start or has another disk."""
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                seen = await asyncio.gather(*(worker.sees.remote(lease_path) for worker in self._busy))
+        except TimeoutError:
+            raise ConfigError(
+                f"workers: {len(self._busy)} actors of {WORKER_CPUS} CPUs did not start in "
+                f"{READY_TIMEOUT_S:g} s; free resources of the cluster (`ray status`) or lower `workers`"
+            ) from None
+        except RayError as error:
+            raise InfrastructureError(f"a worker cannot start: {_last_line(error)}") from None
+        if not all(seen):
+            raise ConfigError(
+                f"run directory {self._options.run_dir}: not there on every node; put TOOLORCH_HOME or "
+                "--run-dir on a folder that all nodes share"
+            )
+
     async def solve(self, item: WorkItem) -> Report:
         """The report of one attempt. Raises RayActorError when its worker died."""
         worker = min(self._busy, key=lambda actor: self._busy[actor])
@@ -338,6 +359,25 @@ class WorkerPool:
             ray.kill(worker)
 
 
+@dataclass
+class Breaker:
+    """Ends a run in which nothing but infrastructure failures comes back: they would only cost time."""
+
+    limit: int
+    in_a_row: int = 0
+
+    def follow(self, results: Iterable[TaskResult]) -> None:
+        """Raises InfrastructureError, with the last reason, after `limit` failures in a row."""
+        for result in results:
+            is_broken = result.outcome == "failed" and result.error_kind in RUN_AGAIN
+            self.in_a_row = self.in_a_row + 1 if is_broken else 0
+            if self.in_a_row >= self.limit:
+                raise InfrastructureError(
+                    f"{self.in_a_row} tasks in a row failed, the last with: {result.error}; stopped here, "
+                    "the same command goes on"
+                )
+
+
 class Watcher(Protocol):
     """Is told of every start and every committed result (the progress display)."""
 
@@ -364,11 +404,13 @@ async def run(
     Raises StorageError when another driver has taken the run or the log cannot be written.
     """
     pool = WorkerPool(make_solver, options)
+    breaker = Breaker(options.give_up_after)
     tally = replace(work.kept, counts=dict(work.kept.counts))
     waiting = iter(work.items)
     active: set[asyncio.Task[TaskResult]] = set()
     stopped = asyncio.ensure_future(stop.wait())
     try:
+        await pool.ready(lease.path)
         while not stop.is_set():
             while len(active) < options.concurrency and (item := next(waiting, None)) is not None:
                 watcher.started(item)
@@ -379,11 +421,13 @@ async def run(
                 active | {stopped}, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED
             )
             watcher.tick()
+            lease.check()  # a driver that was replaced must stop spending, not only stop committing
             ended = {task for task in active if task in done}
             active -= ended
             finished = [task.result() for task in ended]
             if finished:
                 await _commit(finished, tally, options, log=log, lease=lease, watcher=watcher)
+                breaker.follow(finished)
     finally:
         stopped.cancel()
         for task in active:
@@ -411,7 +455,7 @@ async def _attempts(item: WorkItem, pool: WorkerPool, options: Options) -> TaskR
 
 
 def _lost(item: WorkItem, error: Exception) -> TaskResult:
-    message = f"worker lost: {' '.join(str(error).split())[:500]}"
+    message = f"worker lost: {_last_line(error)}"
     task = item.task
     return TaskResult(
         task.task_id,
@@ -425,6 +469,12 @@ def _lost(item: WorkItem, error: Exception) -> TaskResult:
         category=task.category,
         answer_type=task.answer_type,
     )
+
+
+def _last_line(error: Exception) -> str:
+    """The end of Ray's message, where the cause stands."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[-500:]
 
 
 async def _commit(

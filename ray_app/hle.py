@@ -7,9 +7,9 @@ recorded, and the resume asks the judge alone.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ray_app import judge, rundir, services
@@ -19,12 +19,13 @@ from ray_app.config import Dataset, RunConfig
 from ray_app.dataset import TaskSet, load_tasks
 from ray_app.driver import Job
 from ray_app.engine import Solved
-from ray_app.errors import ConfigError, EvalError, LimitReached
+from ray_app.errors import ConfigError, EvalError, LimitReached, RunDirError
 from ray_app.journal import Journal
 from ray_app.prompting import Prompts, load_prompts
-from ray_app.records import ChatReply, Message, Task, Verdict
+from ray_app.records import ChatReply, ExecutionResult, Message, Task, Verdict
 from ray_app.sample.prepare import prepare
-from ray_app.sandbox import SandboxLimits, available_isolation, run_python
+from ray_app.sandbox import NAMESPACES, SandboxLimits, available_isolation, run_python
+from ray_app.tokens import counter
 from ray_app.tools.answer import FinalAnswer
 from ray_app.tools.base import Answer, Caller, Tool
 from ray_app.tools.reasoning import Reasoning, Sandbox
@@ -35,21 +36,36 @@ def read_job(config: RunConfig, run_dir: Path | None) -> Job:
     """Everything that can be checked before anything starts. Raises UserError with one line."""
     serve_config = services.read_serve_config(config.services)
     services.check(serve_config, services.needed(config))
-    isolation = available_isolation()
-    if config.code.enabled and config.code.require_isolation and "network" not in isolation:
+    for model in config.models.values():
+        counter(model.tokenizer)  # one that is missing shows here, and not in every worker
+    data, prompts = _read_tasks(config.dataset), load_prompts(config.prompts)
+    identity = {"prompt_digest": prompts.digest, "tasks_digest": data.digest}
+    path = rundir.locate(config, identity, run_dir)
+    return Job(config, data, prompts, identity, path, serve_config, _isolation(config))
+
+
+def _isolation(config: RunConfig) -> tuple[str, ...]:
+    """The sandbox layers of this machine; every worker must have them. Empty where no code runs."""
+    if not config.code.enabled:
+        return ()
+    held = available_isolation()
+    missing = [layer for layer in NAMESPACES if layer not in held]
+    if missing and config.code.require_isolation:
         raise ConfigError(
-            f"code.require_isolation: only {' '.join(isolation)} hold on this machine; expected namespaces; "
-            "allow user namespaces, or set it to false"
+            f"code.require_isolation: this machine lacks {' '.join(missing)}; allow user namespaces, "
+            "or set it to false"
         )
-    path = rundir.locate(config, run_dir)
-    return Job(
-        config, _read_tasks(config.dataset), load_prompts(config.prompts), path, serve_config, isolation
-    )
+    return held
 
 
 def _read_tasks(dataset: Dataset) -> TaskSet:
     if dataset.path == "sample":
-        files = prepare(rundir.home())
+        try:
+            files = prepare(rundir.home())
+        except OSError as error:
+            raise RunDirError(
+                f"home folder {rundir.home()}: {error.strerror}; set TOOLORCH_HOME to a writable folder"
+            ) from None
         found = load_tasks(dataset.model_copy(update={"path": str(files.questions)}), files.examples)
         return replace(found, source="sample")
     if dataset.policy != "unscoped" and dataset.scopes is None:
@@ -60,23 +76,40 @@ def _read_tasks(dataset: Dataset) -> TaskSet:
     return load_tasks(dataset, Path(dataset.scopes) if dataset.scopes else None)
 
 
-async def check_scopes(job: Job) -> None:
-    """Refuse to start where the running retriever lacks scopes of the run's questions (ConfigError).
+async def check_services(job: Job, service_urls: Mapping[str, str]) -> dict[str, str]:
+    """Ask every route and the retriever once, before anything is paid. Raises ConfigError.
 
-    A retriever behind a URL cannot be asked; there an unknown question fails its task by name.
+    Returns what of the retriever must be equal on a resume. A retriever behind a URL says nothing of its
+    scopes; there an unknown question fails its task by name.
     """
     from ray_app.retrieval.client import HandleRetriever  # imports ray; not needed to test a solver
 
+    await _check_routes(job.config, Router(job.config.models, service_urls))
     settings = job.config.retriever
+    if settings.url is not None:
+        if problem := await services.probe(f"{settings.url}/health"):
+            raise ConfigError(f"retriever {settings.url}: {problem}; start it, or mend retriever.url")
+        return {}
+    if settings.service not in services.needed(job.config):
+        return {}
+    retriever = HandleRetriever(settings.service, settings.timeout_s)
     scoped = [task.task_id for task in job.tasks if task.scope is not None]
-    if not scoped or settings.service not in services.needed(job.config):
-        return
-    unknown = await HandleRetriever(settings.service, settings.timeout_s).unknown_scopes(scoped)
+    unknown = await retriever.unknown_scopes(scoped)
     if unknown:
         raise ConfigError(
             f"retriever {settings.service!r} has no scope for {len(unknown)} of {len(scoped)} questions "
             f"(first: {unknown[0]!r}); start it with the examples file of dataset.scopes"
         )
+    return {"retriever_index": (await retriever.info())["index"]}
+
+
+async def _check_routes(config: RunConfig, router: Router) -> None:
+    try:
+        for name in config.models_used():
+            if problem := await router.probe(name):
+                raise ConfigError(f"model {name}: {problem}; start it, or mend models.{name}")
+    finally:
+        await router.close()
 
 
 @dataclass(frozen=True)
@@ -91,7 +124,7 @@ class HleSolver:
 
     async def solve(self, task: Task, journal: Journal) -> Solved:
         answer = await self._rollout(task, journal)
-        verdict = judge.without_judge(task, answer.prediction, self.config.protocol)
+        verdict = judge.without_judge(task, answer.prediction, answer.response, self.config.protocol)
         if verdict is None:
             try:
                 verdict = await self._ask_judge(task, answer, journal)
@@ -108,10 +141,13 @@ class HleSolver:
 
     async def _rollout(self, task: Task, journal: Journal) -> Answer:
         limit_s = self.config.limits.wall_s
+        deadline = asyncio.timeout(limit_s)
         try:
-            async with asyncio.timeout(limit_s):
+            async with deadline:
                 return await self.agent.run(task, journal)
         except TimeoutError:
+            if not deadline.expired():
+                raise  # of something inside, and no limit of the task
             raise LimitReached(f"no answer within {limit_s:g} s (limits.wall_s)") from None
 
     async def _ask_judge(self, task: Task, answer: Answer, journal: Journal) -> Verdict:
@@ -154,14 +190,24 @@ def make_solver(
     return HleSolver(config, agent, caller, prompts, client)
 
 
-def sandbox_of(config: RunConfig) -> Sandbox | None:
-    """The code runner of `config`, or None where code execution is off."""
+def sandbox_of(config: RunConfig, isolation: tuple[str, ...]) -> Sandbox | None:
+    """The code runner of `config`, or None where code execution is off.
+
+    It refuses (SandboxError) a machine with weaker layers than `isolation`, which the score is printed
+    with, and runs no more programs at once than there are cores: a wait is no part of a program's limit.
+    """
     if not config.code.enabled:
         return None
     limits = SandboxLimits(
         wall_s=config.code.wall_s, cpu_s=config.code.wall_s, memory_bytes=config.code.memory_mib << 20
     )
-    return partial(run_python, limits=limits)
+    slots = asyncio.Semaphore(os.cpu_count() or 1)
+
+    async def run(code: str) -> ExecutionResult:
+        async with slots:
+            return await run_python(code, limits, isolation)
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -170,11 +216,14 @@ class SolverInWorker:
 
     config: RunConfig
     prompts: Prompts
+    isolation: tuple[str, ...]
+    keys: Mapping[str, str] = field(repr=False)
     service_urls: Mapping[str, str]
 
     def __call__(self) -> HleSolver:
         from ray_app.retrieval.connect import connect  # imports ray; not needed to test a solver
 
-        router = Router(self.config.models, self.service_urls)
+        router = Router(self.config.models, self.service_urls, environ=self.keys)
         source = connect(self.config.retriever)
-        return make_solver(self.config, self.prompts, router, source, sandbox_of(self.config))
+        sandbox = sandbox_of(self.config, self.isolation)
+        return make_solver(self.config, self.prompts, router, source, sandbox)

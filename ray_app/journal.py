@@ -117,7 +117,7 @@ class Journal:
         started = self.timer()
         try:
             output = await perform()
-        except Exception as error:
+        except BaseException as error:  # a cancelled call may have been paid for too
             self.sink.append(_failed(replace(row, duration_s=self.timer() - started), error))
             raise
         row = replace(row, duration_s=self.timer() - started)
@@ -181,9 +181,10 @@ class Journal:
         return self.timer() - self.started
 
 
-def _failed(row: Event, error: Exception) -> Event:
+def _failed(row: Event, error: BaseException) -> Event:
     message = str(error) if isinstance(error, EvalError) else f"{type(error).__name__}: {error}"
-    return replace(row, status="error", error_kind=kind_of(error), error=message[:2000])
+    retries = getattr(error, "retries", 0)
+    return replace(row, status="error", error_kind=kind_of(error), error=message[:2000], retries=retries)
 
 
 def _encode_chat(reply: ChatReply, keep: Callable[[str], str]) -> str:

@@ -1,8 +1,9 @@
 """Verdicts: what is right without asking, what the judge is asked, and how its reply is read.
 
 `toolorchestra`: equal text is right, anything else goes to the judge, who says true or false.
-`hle-style`: the judge sees every response and names the extracted answer, its reasoning, correct,
-and the response's own confidence. A reply that cannot be read raises JudgeError: never "wrong".
+`hle-style`: the judge sees every response that says anything, and names the extracted answer, its
+reasoning, correct, and the response's own confidence. A reply that cannot be read raises JudgeError:
+never "wrong".
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ YES = {"true", "yes", "correct", "1"}
 NO = {"false", "no", "incorrect", "wrong", "0"}
 
 
-def without_judge(task: Task, prediction: str, protocol: Protocol) -> Verdict | None:
+def without_judge(task: Task, prediction: str, response: str, protocol: Protocol) -> Verdict | None:
     """The verdict that needs no judge, or None. No answer is wrong under both protocols."""
+    if protocol == "hle-style":
+        return None if response.strip() else Verdict(False, "empty")
     if not prediction.strip() or len(prediction.split()) > MAX_ANSWER_WORDS:
         return Verdict(False, "empty")
-    if protocol == "toolorchestra" and prediction.strip().casefold() == task.answer.strip().casefold():
+    if prediction.strip().casefold() == task.answer.strip().casefold():
         return Verdict(True, "exact", extracted=prediction.strip())
     return None
 
@@ -59,10 +62,10 @@ def read(reply: str, prediction: str, judge_model: str, protocol: Protocol) -> V
 
 
 def _truth(value: object, reply: str) -> bool:
-    word = re.sub(r"[^a-z0-9]", "", str(value).casefold())
-    if word in YES:
+    first = re.search(r"[a-z0-9]+", str(value).casefold())
+    if first and first.group() in YES:
         return True
-    if word in NO:
+    if first and first.group() in NO:
         return False
     raise JudgeError(f"judge reply {reply[:200]!r}: expected a verdict of true or false; judge it again")
 

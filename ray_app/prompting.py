@@ -27,6 +27,9 @@ class Prompts:
     def digest(self) -> str:
         return digest(self.texts)[:12]
 
+    def digest_of(self, name: str) -> str:
+        return digest(self.texts[name])[:12]
+
     def render(self, name: str, **values: str) -> str:
         return Template(self.texts[name]).substitute(values)
 

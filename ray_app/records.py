@@ -34,7 +34,8 @@ Status = Literal["ok", "error", "invalid"]
 def digest(value: Any) -> str:
     """SHA-256 (32 hex digits) of the canonical JSON of `value`; equal values give equal digests."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    # A lone surrogate, which a dataset or a model may hold, has no UTF-8 form.
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)

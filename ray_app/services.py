@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import itertools
 import time
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -23,9 +23,9 @@ from ray_app.config import RunConfig, explain
 from ray_app.errors import ConfigError, InfrastructureError
 from ray_app.rundir import PACKAGE
 
-READY_TIMEOUT_S = 600.0
+READY_TIMEOUT_S = 600
 INFO_TIMEOUT_S = 10.0
-SAY_EVERY_S = 10.0
+SAY_EVERY_S = 10
 
 
 @dataclass(frozen=True)
@@ -122,24 +122,20 @@ def _deploy(service: Service, say: Callable[[str], None]) -> None:
     from ray import serve
 
     started = time.monotonic()
-    builder, arguments = _builder(service), _arguments(service)
-    with ThreadPoolExecutor(1) as pool:
-        running: Future[Any] = pool.submit(
-            serve.run, builder(arguments), name=service.name, route_prefix=service.route_prefix
-        )
-        while not running.done():
-            waited_s = time.monotonic() - started
-            message = _trouble(service.name)
-            if message or waited_s > READY_TIMEOUT_S:
-                serve.delete(service.name, _blocking=False)  # ends the wait inside serve.run
-                raise InfrastructureError(
-                    f"service {service.name}: not ready after {waited_s:.0f} s: {message or 'no reason'}"
-                )
-            if int(waited_s / SAY_EVERY_S) != int((waited_s - 1) / SAY_EVERY_S):
-                say(f"service {service.name}: starting ({waited_s:.0f} s)")
-            wait([running], timeout=1.0)
-        if error := running.exception():
-            raise InfrastructureError(f"service {service.name}: {_trouble(service.name) or error}")
+    app = _builder(service)(_arguments(service))
+    target = serve.RunTarget(target=app, name=service.name, route_prefix=service.route_prefix)
+    serve.run_many([target], wait_for_applications_running=False)
+    for second in itertools.count():
+        if not _difference(service):
+            break
+        message = _trouble(service.name)
+        if message or second >= READY_TIMEOUT_S:
+            raise InfrastructureError(
+                f"service {service.name}: not ready after {second} s: {message or 'Serve gives no reason'}"
+            )
+        if second and second % SAY_EVERY_S == 0:
+            say(f"service {service.name}: starting ({second} s)")
+        time.sleep(1.0)
     say(f"service {service.name}: ready after {time.monotonic() - started:.0f} s")
 
 

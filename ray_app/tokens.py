@@ -48,6 +48,10 @@ class ModelTokens:
                 "use `words`, a file or a folder"
             ) from None
 
+        # A tokenizer file may cut and pad by itself, which would make every count wrong.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
     def spans(self, text: str) -> list[tuple[int, int]]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).offsets)
 

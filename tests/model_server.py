@@ -65,6 +65,7 @@ class ModelServer:
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     closed_early: asyncio.Event = field(default_factory=asyncio.Event)
     url: str = ""
+    name: str = "m"
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -103,14 +104,14 @@ class ModelServer:
         return reply
 
     async def models(self, request: web.Request) -> web.Response:
-        listed = {"id": "m", "object": "model", "created": 0, "owned_by": "tests"}
+        listed = {"id": self.name, "object": "model", "created": 0, "owned_by": "tests"}
         return web.json_response({"object": "list", "data": [listed]})
 
 
 @asynccontextmanager
-async def serving(*behaviours: Any) -> AsyncIterator[ModelServer]:
-    """A server on a free loopback port; closed at the end."""
-    server = ModelServer(list(behaviours))
+async def serving(*behaviours: Any, name: str = "m") -> AsyncIterator[ModelServer]:
+    """A server of the model `name` on a free loopback port; closed at the end."""
+    server = ModelServer(list(behaviours), name=name)
     app = web.Application()
     app.router.add_post("/v1/chat/completions", server.handle)
     app.router.add_get("/v1/models", server.models)

@@ -55,18 +55,20 @@ def test_errors_strangers_and_torn_files_are_refused_and_counted(tmp_path: Path)
         old_result(1, status="error", error_type="APIError"),
         old_result(2, error_type="X"),
         old_result(9),
+        old_result(5, all_tool_responses={"turn_0_response": [{"tool": "search", "tool_error": "boom"}]}),
         old_result(3, answer="another"),
         old_result(4, problem="another question"),
     ]
     written(tmp_path, *rows)
     (tmp_path / "torn.json").write_text('{"id": "q5", "corr')
+    (tmp_path / "odd.json").write_text('{"id": "q5", "correct": true, "all_tool_responses": [1]}')
     taken = read_results(tmp_path, TASKS)
     assert taken.results == ()
     assert dict(taken.refused) == {
-        "ended in an error": 2,
+        "ended in an error": 3,
         "question is not in the dataset": 1,
         "another question text or reference answer": 2,
-        "torn or not a result file": 1,
+        "torn or not a result file": 2,
     }
 
 

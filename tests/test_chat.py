@@ -75,6 +75,7 @@ async def test_a_lasting_fault_ends_after_a_bounded_number_of_tries() -> None:
         (400, {"message": "maximum context length is 4096 tokens"}, ContextOverflow),
         (400, {"message": "no", "code": "context_length_exceeded"}, ContextOverflow),
         (400, {"message": "bad value"}, Refusal),
+        (400, {"message": "use another field", "code": "unsupported_parameter"}, AccessDenied),
         (401, {"message": "bad key"}, AccessDenied),
         (404, {"message": "no such model"}, AccessDenied),
     ],

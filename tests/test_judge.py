@@ -15,6 +15,7 @@ TASK = Task("t1", "Which colour is the sky?", "Blue")
         "<correct>true.</correct>",
         "<CORRECT>Yes",
         "x <correct>**True**</correct>",
+        "<correct>True, the two agree</correct>",
     ],
 )
 def test_a_true_verdict_is_read_however_it_is_dressed(reply: str) -> None:
@@ -43,17 +44,17 @@ def test_the_fields_of_the_hle_judge_are_kept(reply: str) -> None:
 
 
 def test_only_toolorchestra_takes_equal_text_without_asking() -> None:
-    equal = judge.without_judge(TASK, " bLUE ", "toolorchestra")
+    equal = judge.without_judge(TASK, " bLUE ", "", "toolorchestra")
     assert equal is not None and equal.is_correct and equal.method == "exact"
-    assert judge.without_judge(TASK, "blue", "hle-style") is None
-    assert judge.without_judge(TASK, "azure", "toolorchestra") is None
+    assert judge.without_judge(TASK, "blue", "so it is blue", "hle-style") is None
+    assert judge.without_judge(TASK, "azure", "", "toolorchestra") is None
 
 
 @pytest.mark.parametrize("prediction", ["", "  ", "word " * 501])
 def test_no_answer_is_wrong_without_asking(prediction: str) -> None:
     protocols: tuple[judge.Protocol, ...] = ("toolorchestra", "hle-style")
     for protocol in protocols:
-        verdict = judge.without_judge(TASK, prediction, protocol)
+        verdict = judge.without_judge(TASK, prediction, "", protocol)
         assert verdict is not None and not verdict.is_correct
 
 

@@ -51,7 +51,7 @@ class HttpRetriever:
 def _kind(status: int) -> type[EvalError]:
     if status == 404:
         return DatasetError  # the retriever was started with other scopes than the run
-    return RetrieverError if status >= 500 else ToolError
+    return ToolError if status in {400, 413, 422} else RetrieverError
 
 
 def _hit(item: dict[str, object]) -> Hit:

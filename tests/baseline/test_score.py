@@ -23,6 +23,7 @@ from ray_app.prompting import load_prompts
 from ray_app.records import ChatReply, Hit, Task
 from ray_app.sample.corpus import corpus_rows, ids_by_name, load_questions, scope_of
 from ray_app.sample.generate import generate
+from ray_app.sandbox import available_isolation
 from tests.stand_ins import MemoryLog, journal
 
 CONFIG = Path(__file__).parents[2] / "configs" / "hle_sample.yaml"
@@ -93,7 +94,9 @@ async def _verdict(
     task = Task(
         row["id"], row["question"], row["answer"], row["answer_type"], scope=tuple(source.scopes[row["id"]])
     )
-    solver = make_solver(config, load_prompts(), InProcessBaseline(), source, sandbox_of(config))
+    solver = make_solver(
+        config, load_prompts(), InProcessBaseline(), source, sandbox_of(config, available_isolation())
+    )
     async with turn:
         solved = await solver.solve(task, journal(task, MemoryLog()))
     assert solved.verdict is not None

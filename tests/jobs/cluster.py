@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -109,9 +111,18 @@ def running(folder: Path, latency_s: float) -> Iterator[Cluster]:
         f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", _serve_config(folder, http, latency_s), folder
     )
     head = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
-    head += ["--head", "--num-cpus=3", f"--dashboard-agent-listen-port={agent_1}", "--include-dashboard=true"]
+    # A folder of its own: `ray` in another terminal must not find this cluster, or its remains.
+    temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short, for the paths of Ray's sockets
+    head += [
+        f"--temp-dir={temporary}",
+        "--head",
+        "--num-cpus=3",
+        f"--dashboard-agent-listen-port={agent_1}",
+        "--include-dashboard=true",
+    ]
     second = [f"--address={cluster.gcs}", "--num-cpus=2", f"--dashboard-agent-listen-port={agent_2}"]
     with ExitStack() as stack:
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
         stack.enter_context(_process(cluster, "head", [*RAY_START, *head]))
         _wait_for(f"{cluster.dashboard}/api/version")
         stack.enter_context(_process(cluster, "second", [*RAY_START, *second]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 from collections import Counter
@@ -13,10 +14,12 @@ import pytest
 
 from ray_app import events
 from tests.jobs.cluster import Cluster, finished, running, until
+from tests.model_server import serving
 
 pytestmark = pytest.mark.cluster
 DONE = r"^\[HLE_TASK_COMPLETE\] .* status=done"
 QUESTIONS = 60
+NOWHERE = "[{base_url: http://127.0.0.1:9/v1}]"
 
 
 @pytest.fixture(scope="module")
@@ -133,16 +136,37 @@ def test_services_that_differ_are_deployed_again_and_equal_ones_are_used(
     assert output.count("redeployed (--fresh)") == 2 and "1 ok" in output, output
 
 
-def test_a_service_that_dies_is_a_failure_of_infrastructure_and_the_resume_mends_it(
+def test_endpoints_that_are_down_are_found_before_anything_is_paid(cluster: Cluster, tmp_path: Path) -> None:
+    job = cluster.job("--run-dir", str(tmp_path / "run"), "--set", f"models.baseline.endpoints={NOWHERE}")
+    output = finished(job)
+    assert job.returncode == 2
+    assert "error: model baseline: http://127.0.0.1:9/v1: Connection error" in output, output
+    job = cluster.job("--run-dir", str(tmp_path / "run"), "--set", "retriever.url=http://127.0.0.1:9")
+    output = finished(job)
+    assert job.returncode == 2 and "error: retriever http://127.0.0.1:9" in output, output
+
+
+async def test_an_endpoint_that_dies_is_a_failure_of_infrastructure_and_the_resume_mends_it(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     out = tmp_path / "figures.json"
     arguments = ("--run-dir", str(tmp_path / "run"), "--json", str(out), "--set", "dataset.limit=3")
-    dead = ("--set", "models.baseline.endpoints=[{base_url: http://127.0.0.1:9/v1}]", "--set", "attempts=1")
-    job = cluster.job(*arguments, *dead)
-    output = finished(job)
-    assert job.returncode == 1
+    async with serving((500, {"message": "dead"}, {}), name="baseline") as broken:
+        dead = f"models.baseline.endpoints=[{{base_url: {broken.url}}}]"
+        job = cluster.job(*arguments, "--set", dead, "--set", "attempts=1")
+        output = await asyncio.to_thread(finished, job)
+    assert job.returncode == 1, output
     assert figures(out)["failed"] == 3 and "infrastructure" in output
     job = cluster.job(*arguments)
     output = finished(job)
     assert (job.returncode, figures(out)["ok"]) == (0, 3), output
+
+
+def test_a_signal_while_services_start_ends_the_command_at_once(cluster: Cluster, tmp_path: Path) -> None:
+    job = cluster.job("--run-dir", str(tmp_path / "run"), "--set", "dataset.limit=1", "--fresh")
+    until(job, r"service retriever: redeployed|service retriever: is redeployed")
+    job.send_signal(signal.SIGTERM)
+    output = finished(job)
+    assert job.returncode == 143 and "stopped before the first task" in output, output
+    output = finished(cluster.job("--run-dir", str(tmp_path / "run"), "--set", "dataset.limit=1"))
+    assert "1 ok" in output
