@@ -77,3 +77,29 @@ def test_an_endpoints_file_replaces_the_addresses_it_lists(tmp_path: Path) -> No
     listed.write_text('{"baseline": [{"host": "x"}]}')
     with pytest.raises(ConfigError, match="ip_addr"):
         load(written(tmp_path, endpoints_file=str(listed)), environ={})
+
+
+def test_the_full_config_holds_the_alias_map_of_the_paper_and_names_every_key() -> None:
+    config = load(SAMPLE.parent / "hle_full.yaml", environ={})
+    aliases = {name: alias.model for tool in config.tools.values() for name, alias in tool.items()}
+    assert len(aliases) == 12
+    assert {name for name, model in aliases.items() if model == "gpt-5"} == {
+        "reasoner-1",
+        "search-1",
+        "answer-1",
+    }
+    assert aliases["answer-math-2"] == "qwen2.5-math-7b" and aliases["search-3"] == "qwen3-32b"
+    assert config.key_names() == ["NEBIUS_API_KEY", "OPENAI_API_KEY", "TOGETHER_API_KEY"]
+    assert (config.concurrency, config.limits.max_rounds) == (512, 50)
+    assert config.models["gpt-5"].price.input == 1.25
+
+
+def test_an_anchor_budget_in_use_is_cut_to_what_the_model_can_read() -> None:
+    from ray_app.tools.base import INSTRUCTION_TOKENS, Caller
+    from tests.stand_ins import ScriptedModel, says
+
+    config = load(SAMPLE.parent / "hle_full.yaml", environ={})
+    alias = config.tools["answer"]["answer-math-1"]
+    caller = Caller(ScriptedModel(lambda request: says("")), config.models)
+    budget = caller.budget(alias.model, alias.budget, alias.sampling)
+    assert budget.context_tokens == 4096 - 2000 - INSTRUCTION_TOKENS
