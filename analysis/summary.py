@@ -130,9 +130,7 @@ def summarise(log: RunLog) -> RunSummary:
 
 def _facts(log: RunLog) -> dict[str, Any]:
     """What the newest `run_start` says of the run; empty where there is none to read."""
-    rows = log.ask(
-        "select detail from events where kind = 'run_start' order by epoch desc, t_start desc limit 1"
-    )
+    rows = log.ask(_NEWEST_START)
     try:
         facts = json.loads(rows[0][0]) if rows else {}
     except ValueError:

@@ -52,7 +52,7 @@ def main(
             is_complete = preview.show(job, driver.make_plan(job, retry_failed=retry_failed), console)
             raise typer.Exit(0 if is_complete else 2)
         if adopt is not None:
-            console.print(driver.adopt(job, adoption.read_results(adopt, job.tasks_by_id)))
+            console.print(driver.adopt(job, adoption.read_results(adopt, job.tasks_by_id)), highlight=False)
         solver_for = partial(SolverInWorker, job.config, job.prompts, job.isolation, job.keys())
         command = driver.Command(console, solver_for, check_services, fresh, retry_failed, json)
         raise typer.Exit(driver.carry_out(job, command))

@@ -75,7 +75,7 @@ class Agent:
             "orchestrator",
             question=task.question,
             context=context,
-            feedback=self.prompts.render("invalid_call", reason=feedback) if feedback else "",
+            feedback=self.prompts.render("feedback", reason=feedback) if feedback else "",
         )
         messages = (
             Message("system", self.prompts.render("orchestrator_system").strip()),

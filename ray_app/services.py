@@ -25,6 +25,7 @@ from ray_app.rundir import PACKAGE
 
 READY_TIMEOUT_S = 600
 INFO_TIMEOUT_S = 10.0
+PROXY_TIMEOUT_S = 60
 SAY_EVERY_S = 10
 
 
@@ -47,13 +48,16 @@ class ServeConfig:
     proxy_location: str = "EveryNode"
     services: Mapping[str, Service] = field(default_factory=dict)
 
+    def proxy(self, head: str = "127.0.0.1") -> str:
+        """The address of Serve's HTTP proxy."""
+        return f"http://{head if self.host == '0.0.0.0' else self.host}:{self.port}"
+
     def urls(self, head: str = "127.0.0.1") -> dict[str, str]:
         """Application -> its OpenAI base URL. `head`: the head node, for a proxy on all interfaces."""
         return {name: f"{self.root(name, head)}/v1" for name in self.services}
 
     def root(self, name: str, head: str = "127.0.0.1") -> str:
-        host = head if self.host == "0.0.0.0" else self.host
-        return f"http://{host}:{self.port}{self.services[name].route_prefix.rstrip('/')}"
+        return f"{self.proxy(head)}{self.services[name].route_prefix.rstrip('/')}"
 
 
 def read_serve_config(path: str | None) -> ServeConfig:
@@ -116,6 +120,22 @@ def ensure(
             continue
         say(f"service {name}: {state}")
         _deploy(service, say)
+
+
+async def wait_for_proxy(url: str) -> None:
+    """Wait until Serve's HTTP proxy answers: it may come up after the applications behind it.
+
+    Raises ConfigError where it does not, as when Serve was started with other http_options.
+    """
+    for _ in range(PROXY_TIMEOUT_S):
+        problem = await probe(f"{url}/-/healthz")
+        if not problem:
+            return
+        await asyncio.sleep(1.0)
+    raise ConfigError(
+        f"Serve's proxy does not answer at {url} ({problem}); give the services config the http_options that "
+        "this cluster's Serve was started with, or `serve shutdown` it"
+    )
 
 
 def _deploy(service: Service, say: Callable[[str], None]) -> None:

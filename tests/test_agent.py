@@ -73,7 +73,7 @@ async def test_an_invalid_call_is_explained_in_the_next_turn(reply: ChatReply, t
     model, log = orchestrates(reply), MemoryLog()
     await solver(model).solve(TASK, journal(TASK, log))
     first, second = model.prompts()[:2]
-    assert "not valid" not in first and told in second
+    assert "About your last call" not in first and told in second
     assert [event.status for event in log.of("turn")] == ["invalid", "ok"]
 
 
