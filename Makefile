@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRA ?= cpu
 BIN := $(VENV)/bin
-BENCHES := baseline
+BENCHES := baseline engine
 
 .PHONY: setup hle test check bench clean
 

@@ -66,7 +66,7 @@ class UsageRow:
 
 
 _COLUMNS = [
-    *("kind", "epoch", "rollout_key", "judge_key", "trial", "call_seq", "role", "tool", "model"),
+    *("kind", "epoch", "rollout_key", "judge_key", "trial", "call_seq", "role", "tool", "alias", "model"),
     *("status", "exit_status", "is_replayed", "t_start", "duration_s", "prefill_s", "decode_s"),
     *("prompt_tokens", "cached_tokens", "completion_tokens", "cost_usd", "retries", "detail"),
 ]
@@ -120,7 +120,8 @@ def open_run(run_dir: Path) -> RunLog:
     snapshot = events.read(run_dir, _COLUMNS).read_all()
     counted = events.results(run_dir)
     sql = duckdb.connect()
-    sql.register("events", snapshot)
+    sql.register("snapshot", snapshot)
+    sql.execute(f"create temp view events as select * from snapshot where not {events.SECOND_OPINION}")
     sql.register("results", counted)
     sql.execute("create temp view live as select * from events where not coalesce(is_replayed, false)")
     sql.execute(_CALLS)

@@ -10,17 +10,16 @@ in seconds that every row works: it judges the ranking, not the speed.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +34,7 @@ from benchmarks.cuda_parts import (
     seconds,
     set_compiled,
 )
+from benchmarks.figures import Figure, write
 from ray_app.retrieval.corpus import IntArray
 from ray_app.retrieval.gpu import SCORE_TOLERANCE, DeviceIndex, ResidentVectors, Scopes
 from ray_app.retrieval.index import VectorIndex
@@ -102,30 +102,6 @@ SMALL = Sizes(
 )
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One row: a value and, where it is judged, the target that it must reach."""
-
-    name: str
-    value: float
-    unit: str = ""
-    op: Literal["<=", ">="] | None = None
-    target: float | None = None
-
-    @property
-    def is_reached(self) -> bool:
-        if self.op is None or self.target is None:
-            return True
-        return self.value <= self.target if self.op == "<=" else self.value >= self.target
-
-    @property
-    def line(self) -> str:
-        verdict = (
-            "" if self.op is None else f"{'ok' if self.is_reached else 'MISSED'} ({self.op} {self.target:g})"
-        )
-        return f"{self.name:62} {self.value:14,.6g} {self.unit:9} {verdict}".rstrip()
-
-
 Section = Callable[[], Iterator[Figure]]
 
 
@@ -148,12 +124,12 @@ class Bench:
         n = self.sizes.matrix
         left, right = self._normal(n, n).bfloat16(), self._normal(n, n).bfloat16()
         self.matrix_flops = 2 * n**3 / seconds([lambda: left @ right], self.device)
-        yield Figure(f"bf16 matrix rate, {n} x {n}, random data", self.matrix_flops / 1e12, "TFLOP/s")
+        yield Figure(f"bf16 matrix rate, {n} x {n}, random data", self.matrix_flops / 1e12, unit="TFLOP/s")
         source = self._normal(self.sizes.copied_values)
         copy = torch.empty_like(source)
         moved = 2 * source.numel() * source.element_size()
         self.copy_bytes_s = moved / seconds([lambda: copy.copy_(source)], self.device)
-        yield Figure("copy bandwidth, bytes read + written", self.copy_bytes_s / 1e9, "GB/s")
+        yield Figure("copy bandwidth, bytes read + written", self.copy_bytes_s / 1e9, unit="GB/s")
 
     def ranking(self) -> Iterator[Figure]:
         """The device's ranking beside numpy's in float32."""
@@ -173,8 +149,8 @@ class Bench:
             last = exact.scores[TOP_K - 1] if len(true) > TOP_K else -1.0
             sure = exact.rows[exact.scores > last + 2 * tolerance]
             certain, kept = certain + len(sure), kept + int(np.isin(sure, mine.rows).sum())
-        yield Figure("scoped: largest error of a score against float32", max(errors), "", "<=", tolerance)
-        yield Figure(f"scoped: recall@{TOP_K} of rows clear of the cut", kept / certain, "", ">=", 1.0)
+        yield Figure("scoped: largest error of a score against float32", max(errors), "<=", tolerance)
+        yield Figure(f"scoped: recall@{TOP_K} of rows clear of the cut", kept / certain, ">=", 1.0)
 
     def scoped(self) -> Iterator[Figure]:
         """Gather and score for one batch, against the bytes that it must read."""
@@ -184,41 +160,41 @@ class Bench:
         pairs = [(q, vectors.pack(scopes)) for q, scopes in zip(queries, drawn, strict=True)]
         moved = statistics.fmean(least_bytes(q, scopes, vectors.vectors) for q, scopes in pairs)
         total = statistics.fmean(len(scopes.rows) for _, scopes in pairs)
-        yield Figure(f"scoped: rows in {sizes.batch} scopes", total, "rows")
-        yield Figure("scoped: its bytes at the copy bandwidth", moved / self.copy_bytes_s * 1e6, "us")
+        yield Figure(f"scoped: rows in {sizes.batch} scopes", total, unit="rows")
+        yield Figure("scoped: its bytes at the copy bandwidth", moved / self.copy_bytes_s * 1e6, unit="us")
         scored_s = seconds([partial(vectors.scores, *pair) for pair in pairs], self.device, graph=True)
-        yield Figure(f"scoped: gather + score ({vectors.method})", scored_s * 1e6, "us")
+        yield Figure(f"scoped: gather + score ({vectors.method})", scored_s * 1e6, unit="us")
         yield Figure("scoped: share of the copy bandwidth", moved / self.copy_bytes_s / scored_s)
         ranked_s = seconds([partial(vectors.rank, *pair, TOP_K, -1.0) for pair in pairs], self.device)
-        yield Figure(f"scoped: gather + score + top {TOP_K}", ranked_s * 1e6, "us")
+        yield Figure(f"scoped: gather + score + top {TOP_K}", ranked_s * 1e6, unit="us")
         hosted = [(q.cpu().numpy(), scopes) for q, scopes in zip(queries, drawn, strict=True)]
         whole_s = seconds([partial(vectors.search, *pair, TOP_K, -1.0) for pair in hosted], self.device)
-        yield Figure("scoped: whole search, from and to the host", whole_s * 1e6, "us")
+        yield Figure("scoped: whole search, from and to the host", whole_s * 1e6, unit="us")
 
     def unscoped(self) -> Iterator[Figure]:
         """The same batch over everything: what a scope saves."""
         vectors, depth = self.vectors.vectors, min(FLAT_TOP_K, self.sizes.rows)
         queries = self._normal(self.sizes.batch, self.sizes.dim).to(vectors.dtype)
         took_s = seconds([lambda: (queries @ vectors.T).topk(depth)], self.device)
-        yield Figure(f"unscoped: torch product + top {depth}", took_s * 1e6, "us")
+        yield Figure(f"unscoped: torch product + top {depth}", took_s * 1e6, unit="us")
         if self.device.type == "cuda" and (faiss := gpu_faiss()) is not None:
             index = faiss_index(faiss, vectors)
             hosted = queries.float().cpu().numpy()
             took_s = seconds([lambda: index.search(hosted, depth)], self.device)
-            yield Figure(f"unscoped: FAISS flat float16, top {depth}", took_s * 1e6, "us")
+            yield Figure(f"unscoped: FAISS flat float16, top {depth}", took_s * 1e6, unit="us")
 
     def encoder(self) -> Iterator[Figure]:
         """Tokens a second, as transformers runs it and with compiled layers, and the memory of it all."""
-        yield Figure("memory: resident vectors", _gib(self.vectors.vectors), "GiB")
+        yield Figure("memory: resident vectors", _gib(self.vectors.vectors), unit="GiB")
         model = build_encoder(self.sizes.encoder, self.device)
-        yield Figure("memory: encoder weights", sum(map(_gib, model.parameters())), "GiB")
+        yield Figure("memory: encoder weights", sum(map(_gib, model.parameters())), unit="GiB")
         for kind, count, tokens in self.sizes.texts:
             ids = torch.randint(self.sizes.encoder["vocab_size"], (count, tokens), device=self.device)
             yield from self._encode_rates(model, ids, f"{kind}, {count} x {tokens} tokens")
         if self.device.type == "cuda":
             peak, card = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(0).total_memory
-            yield Figure("memory: peak of vectors, encoder and its work", peak / GIB, "GiB")
-            yield Figure("memory: of the card", card / GIB, "GiB")
+            yield Figure("memory: peak of vectors, encoder and its work", peak / GIB, unit="GiB")
+            yield Figure("memory: of the card", card / GIB, unit="GiB")
 
     def _encode_rates(self, model: Any, ids: torch.Tensor, name: str) -> Iterator[Figure]:
         if self.device.type == "cuda":
@@ -227,7 +203,7 @@ class Bench:
         for method in ("eager", "compiled"):
             set_compiled(model, method == "compiled")
             took_s = seconds([lambda: encode(model, ids)], self.device)
-            yield Figure(f"encode {name}, {method}", ids.numel() / took_s, "tokens/s")
+            yield Figure(f"encode {name}, {method}", ids.numel() / took_s, unit="tokens/s")
             share = encoder_flops(model, *ids.shape) / took_s / self.matrix_flops
             row = Figure(f"encode {name}, {method}: share of matrix rate", share)
             is_judged = method == "compiled" and self.sizes is FULL
@@ -311,8 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench = Bench(options.device, SMALL if options.small else FULL)
         broken = [section for section in bench.sections() if not measure(section, figures)]
     if options.json:
-        rows = [{key: asdict(f)[key] for key in ("name", "value", "op", "target")} for f in figures]
-        options.json.write_text(json.dumps({"figures": rows}, indent=1) + "\n")
+        write(figures, options.json)
     return 0 if not broken and all(figure.is_reached for figure in figures) else 1
 
 

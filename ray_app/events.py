@@ -27,6 +27,8 @@ from ray_app.records import Event
 
 SCHEMA_VERSION = 1
 STREAM, PARQUET = ".arrows", ".parquet"
+# Rows of a judge-only pass (`rejudge.py`): evidence of their own, which no figure of the run counts.
+SECOND_OPINION = "coalesce(role = 'judge' and alias <> '', false)"
 _BATCH_ROWS = 2048  # payload bodies can be large: a batch of them has to fit in memory
 _GONE = {errno.ENOENT, errno.ESTALE}
 _ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}

@@ -22,7 +22,7 @@ from ray_app.engine import Solved
 from ray_app.errors import ConfigError, EvalError, LimitReached, RunDirError
 from ray_app.journal import Journal
 from ray_app.prompting import Prompts, load_prompts
-from ray_app.records import ChatReply, ExecutionResult, Message, Task, Verdict
+from ray_app.records import ExecutionResult, Task, Verdict
 from ray_app.sample.prepare import prepare
 from ray_app.sandbox import NAMESPACES, SandboxLimits, available_isolation, run_python
 from ray_app.tokens import counter
@@ -38,7 +38,7 @@ def read_job(config: RunConfig, run_dir: Path | None) -> Job:
     services.check(serve_config, services.needed(config))
     for model in config.models.values():
         counter(model.tokenizer)  # one that is missing shows here, and not in every worker
-    data, prompts = _read_tasks(config.dataset), load_prompts(config.prompts)
+    data, prompts = read_tasks(config.dataset), load_prompts(config.prompts)
     identity = {"prompt_digest": prompts.digest, "tasks_digest": data.digest}
     path = rundir.locate(config, identity, run_dir)
     return Job(config, data, prompts, identity, path, serve_config, _isolation(config))
@@ -58,7 +58,8 @@ def _isolation(config: RunConfig) -> tuple[str, ...]:
     return held
 
 
-def _read_tasks(dataset: Dataset) -> TaskSet:
+def read_tasks(dataset: Dataset) -> TaskSet:
+    """The questions that `dataset` names, with their scopes. Raises UserError."""
     if dataset.path == "sample":
         try:
             files = prepare(rundir.home())
@@ -152,18 +153,16 @@ class HleSolver:
 
     async def _ask_judge(self, task: Task, answer: Answer, journal: Journal) -> Verdict:
         """The judge's verdict. Raises JudgeError when its reply cannot be read: the verdict is owed."""
-        settings, protocol = self.config.judge, self.config.protocol
         journal.tool = journal.alias = ""
-        text = judge.prompt(self.prompts, task, answer.prediction, answer.response, protocol)
-        message = Message("user", text)
-
-        def read(reply: ChatReply) -> Verdict:
-            return judge.read(reply.content, answer.prediction, settings.model, protocol)
-
-        reply = await self.caller.ask(
-            journal, "judge", settings.model, (message,), settings.sampling, check=read
+        return await judge.ask(
+            self.caller,
+            journal,
+            task,
+            answer,
+            settings=self.config.judge,
+            prompts=self.prompts,
+            protocol=self.config.protocol,
         )
-        return read(reply)
 
     async def close(self) -> None:
         if isinstance(self.client, Router):

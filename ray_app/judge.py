@@ -11,10 +11,12 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from ray_app import extract
+from ray_app import config, extract
 from ray_app.errors import JudgeError
+from ray_app.journal import Journal
 from ray_app.prompting import Prompts
-from ray_app.records import Task, Verdict
+from ray_app.records import ChatReply, Message, Task, Verdict
+from ray_app.tools.base import Answer, Caller
 
 Protocol = Literal["toolorchestra", "hle-style"]
 MAX_ANSWER_WORDS = 500
@@ -59,6 +61,26 @@ def read(reply: str, prediction: str, judge_model: str, protocol: Protocol) -> V
         confidence=_percent(fields.get("confidence")),
         judge_model=judge_model,
     )
+
+
+async def ask(
+    caller: Caller,
+    journal: Journal,
+    task: Task,
+    answer: Answer,
+    *,
+    settings: config.Judge,
+    prompts: Prompts,
+    protocol: Protocol,
+) -> Verdict:
+    """The judge's verdict, by one call. Raises JudgeError when its reply cannot be read: it is owed."""
+    message = Message("user", prompt(prompts, task, answer.prediction, answer.response, protocol))
+
+    def check(reply: ChatReply) -> Verdict:
+        return read(reply.content, answer.prediction, settings.model, protocol)
+
+    reply = await caller.ask(journal, "judge", settings.model, (message,), settings.sampling, check=check)
+    return check(reply)
 
 
 def _truth(value: object, reply: str) -> bool:

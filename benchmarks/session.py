@@ -1,0 +1,70 @@
+"""The processes of this driver's Ray session: what they burn and what they hold.
+
+Sees the processes of this machine that descend from this one; what a process burned that ended between
+two snapshots is not counted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+import psutil
+import ray
+
+MIB = float(1 << 20)
+_ENDED = (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied)
+
+
+class Process(NamedTuple):
+    """One process at one moment: CPU seconds since it started, resident bytes."""
+
+    kind: str
+    cpu_s: float
+    rss: int
+
+
+Snapshot = Mapping[int, Process]
+
+
+def snapshot(without: Collection[int] = ()) -> Snapshot:
+    """This process and its descendants, by process id."""
+    me = psutil.Process()
+    found = {}
+    for process in [me, *me.children(recursive=True)]:
+        if process.pid not in without:
+            try:
+                with process.oneshot():
+                    times = process.cpu_times()
+                    used = times.user + times.system
+                    found[process.pid] = Process(_kind(process), used, process.memory_info().rss)
+            except _ENDED:
+                continue
+    return found
+
+
+def _kind(process: psutil.Process) -> str:
+    if process.pid == os.getpid():
+        return "driver"
+    command = (process.cmdline() or [""])[0].rpartition("/")[2]
+    if command.startswith("ray::Worker"):  # the engine's actor; Ray names its agents in the same manner
+        return "workers"
+    return {"raylet": "raylet", "gcs_server": "GCS"}.get(command, "other")
+
+
+def cpu_s(before: Snapshot, after: Snapshot) -> Counter[str]:
+    """CPU seconds between two snapshots, by kind of process."""
+    spent = Counter[str]()
+    for pid, process in after.items():
+        spent[process.kind] += process.cpu_s - (before[pid].cpu_s if pid in before else 0.0)  # type: ignore[assignment]
+    return spent
+
+
+def held_bytes(now: Snapshot) -> int:
+    """Resident bytes of the driver and the workers, and what lies in the object store."""
+    resident = sum(process.rss for process in now.values() if process.kind in ("driver", "workers"))
+    name = "object_store_memory"
+    stored = ray.cluster_resources().get(name, 0) - ray.available_resources().get(name, 0)
+    return int(resident + max(0.0, stored))

@@ -1,0 +1,182 @@
+"""A model that only takes its time: seeded latencies, as an HTTP server and as an in-process client.
+
+The seed of a request decides its latency and its reply, so whoever knows the seeds knows the ideal
+makespan. The server speaks just enough HTTP/1.1 and OpenAI streaming for the client under test (a
+body with Content-Length, kept-alive connections, one request at a time on each); it checks nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from ray_app.chat import ChatRequest
+from ray_app.records import ChatReply, Usage
+
+MODEL = "stub"
+# Spread of the logarithm: the slowest of a hundred calls takes about three times the mean.
+SIGMA = 0.5
+# The first token comes after this share of the latency.
+PREFILL_SHARE = 0.25
+# Pieces that a reply streams in. A server sends one per token; the stub keeps the client's parsing small.
+CHUNKS = 8
+USAGE = Usage(prompt_tokens=1000, completion_tokens=100)
+
+_LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
+_SEED = re.compile(rb'"seed": ?(\d+)')
+_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %s\r\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Behaviour:
+    """How the stub answers: mean latency (s) of its lognormal, and the bytes of a reply's text."""
+
+    mean_s: float
+    reply_bytes: int
+
+    def latency_s(self, seed: int) -> float:
+        """The latency of the request with this seed; the same in every process."""
+        return random.Random(seed).lognormvariate(math.log(self.mean_s) - SIGMA**2 / 2, SIGMA)
+
+    def text(self, seed: int) -> str:
+        """A reply of its own for each seed, that hardly compresses."""
+        return random.Random(seed).randbytes((self.reply_bytes + 1) // 2).hex()[: self.reply_bytes]
+
+
+@dataclass
+class InProcessModel:
+    """The stub as a chat client: waits, answers. `ended` holds when the last call of a session ended."""
+
+    behaviour: Behaviour
+    ended: dict[str, float] = field(default_factory=dict)
+
+    async def complete(self, request: ChatRequest) -> ChatReply:
+        seed = request.sampling.seed or 0
+        text = self.behaviour.text(seed)
+        await asyncio.sleep(self.behaviour.latency_s(seed))
+        self.ended[request.session] = time.monotonic()
+        return ChatReply(text, finish_reason="stop", usage=USAGE, model=MODEL)
+
+
+class Connection(asyncio.Protocol):
+    """One client connection."""
+
+    def __init__(self, behaviour: Behaviour) -> None:
+        self._behaviour = behaviour
+        self._buffer = bytearray()
+        self._timers: list[asyncio.TimerHandle] = []
+        self._transport: Any = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def connection_lost(self, error: Exception | None) -> None:
+        for timer in self._timers:
+            timer.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        head = self._buffer.find(b"\r\n\r\n")
+        if head < 0:
+            return
+        found = _LENGTH.search(self._buffer, 0, head)
+        end = head + 4 + (int(found[1]) if found else 0)
+        if len(self._buffer) >= end:
+            request = bytes(self._buffer[:end])
+            del self._buffer[:end]
+            self._answer(request)
+
+    def _answer(self, request: bytes) -> None:
+        if request.startswith(b"GET"):
+            self._transport.write(_models())
+            return
+        seeds = _SEED.findall(request)
+        seed = int(seeds[-1]) if seeds else 0
+        latency_s = self._behaviour.latency_s(seed)
+        first, rest = stream(self._behaviour.text(seed))
+        later = asyncio.get_running_loop().call_later
+        self._timers = [
+            later(latency_s * PREFILL_SHARE, self._transport.write, first),
+            later(latency_s, self._transport.write, rest),
+        ]
+
+
+def stream(text: str) -> tuple[bytes, bytes]:
+    """A streamed chat completion: what goes out with the first token, and the rest."""
+    size = -(-len(text) // CHUNKS) or 1
+    pieces = [text[start : start + size] for start in range(0, len(text), size)] or [""]
+    lines = [_chunk({"content": piece}) for piece in pieces] + [_chunk({}, "stop"), _usage_chunk(), b"[DONE]"]
+    head = _HEAD % b"text/event-stream" + b"transfer-encoding: chunked\r\n\r\n"
+    return head + _framed(lines[0]), b"".join(map(_framed, lines[1:])) + b"0\r\n\r\n"
+
+
+def _framed(line: bytes) -> bytes:
+    event = b"data: " + line + b"\n\n"
+    return b"%x\r\n%s\r\n" % (len(event), event)
+
+
+def _chunk(delta: dict[str, str], finish: str | None = None) -> bytes:
+    return _completion([{"index": 0, "delta": delta, "finish_reason": finish}])
+
+
+def _usage_chunk() -> bytes:
+    total = USAGE.prompt_tokens + USAGE.completion_tokens
+    counted = {"prompt_tokens": USAGE.prompt_tokens, "completion_tokens": USAGE.completion_tokens}
+    return _completion([], usage=counted | {"total_tokens": total})
+
+
+def _completion(choices: list[dict[str, Any]], **more: Any) -> bytes:
+    head = {"id": "c", "object": "chat.completion.chunk", "created": 0, "model": MODEL}
+    return json.dumps({**head, "choices": choices, **more}).encode()
+
+
+def _models() -> bytes:
+    listed = {"id": MODEL, "object": "model", "created": 0, "owned_by": "benchmarks"}
+    body = json.dumps({"object": "list", "data": [listed]}).encode()
+    return _HEAD % b"application/json" + b"content-length: %d\r\n\r\n%s" % (len(body), body)
+
+
+async def serve(behaviour: Behaviour) -> None:
+    """Answer on a free loopback port, printed as the first line, until cancelled."""
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(partial(Connection, behaviour), "127.0.0.1", 0, backlog=4096)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+def main() -> None:
+    """Serve `mean_s reply_bytes` of the command line; ends when killed."""
+    mean_s, reply_bytes = sys.argv[1:]
+    asyncio.run(serve(Behaviour(float(mean_s), int(reply_bytes))))
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A stub server that runs in a process of its own."""
+
+    url: str
+    pid: int
+
+
+@contextmanager
+def serving(behaviour: Behaviour) -> Iterator[Server]:
+    """A stub server in a process of its own, killed at the end."""
+    program = "from benchmarks.stub_model import main; main()"
+    command = [sys.executable, "-c", program, str(behaviour.mean_s), str(behaviour.reply_bytes)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield Server(f"http://127.0.0.1:{int(process.stdout.readline())}/v1", process.pid)
+        finally:
+            process.kill()
