@@ -16,6 +16,7 @@ from analysis import tables
 from analysis.metrics import describe_metrics
 from analysis.queries import open_run, tool_table, usage_table
 from analysis.report import analyse
+from analysis.status import page, status_of
 from analysis.summary import summarise
 from analysis.trace import trace
 from ray_app.errors import EvalError, UserError
@@ -54,6 +55,19 @@ def usage(run: Run, as_json: AsJson = False) -> None:
     with _one_line_errors():
         rows = usage_table(open_run(run))
         _print(tables.usage_page(rows), [asdict(row) for row in rows], as_json)
+
+
+@app.command()
+def status(
+    run: Run,
+    as_json: AsJson = False,
+    stuck_after: Annotated[float, typer.Option(help="A call is stuck after so many seconds.")] = 300.0,
+) -> None:
+    """Whether the run lives, hangs or has ended; exit code 1 where somebody should look."""
+    with _one_line_errors():
+        result = status_of(run, stuck_after_s=stuck_after)
+        _print(page(result), asdict(result), as_json)
+        raise typer.Exit(result.exit_code)
 
 
 @app.command()

@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ray_app import engine, event_writer, events, lease, ray_cluster, rundir, services
+from ray_app import engine, event_writer, events, lease, pulse, ray_cluster, rundir, services
 from ray_app.adopt import Adoption
 from ray_app.config import RunConfig
 from ray_app.dataset import TaskSet
@@ -161,6 +161,7 @@ def carry_out(job: Job, command: Command) -> int:
     """
     if command.json_path is not None and not command.json_path.absolute().parent.is_dir():
         raise ConfigError(f"--json {command.json_path}: no such folder; make it first")
+    pulse.raise_file_limit(job.config.concurrency)
     with _owned(job) as held:
         work = make_plan(job, retry_failed=command.retry_failed)
         if work.items:
@@ -223,7 +224,13 @@ def _options(job: Job, held: lease.Lease, items: int) -> engine.Options:
         attempts=config.attempts,
         give_up_after=max(MIN_FAILURES_IN_A_ROW, config.concurrency),
         canary=job.data.canary,
+        attempt_deadline_s=_attempt_deadline_s(config.limits.wall_s),
     )
+
+
+def _attempt_deadline_s(wall_s: float | None) -> float | None:
+    """Twice the task's own limit, and the judge's time: only what ignores its cancellation gets there."""
+    return None if wall_s is None else 2 * wall_s + 120
 
 
 def _run(job: Job, work: engine.Plan, command: Command, held: lease.Lease) -> Ending:
@@ -232,7 +239,10 @@ def _run(job: Job, work: engine.Plan, command: Command, held: lease.Lease) -> En
     raise_on_signals()  # Ray has put its own handler in place
     needed = services.needed(job.config)
     services.ensure(job.serve_config, needed, fresh=command.is_fresh, say=command.say)
-    urls = job.serve_config.urls(ray_cluster.head_address())
+    head = ray_cluster.head_address()
+    urls = job.serve_config.urls(head)
+    if needed:
+        asyncio.run(services.wait_for_proxy(job.serve_config.proxy(head)))
     rundir.confirm(job.run_dir, asyncio.run(command.check(job, urls)))
     make_solver = command.solver_for(urls)
     work = engine.with_recorded_calls(work, job.run_dir)
@@ -269,10 +279,13 @@ async def _drive(
     display = Display(work.kept, marker=job.config.benchmark.upper(), console=command.console)
     for task_id in _skipped(job, work):
         display.skipped(task_id)
+    followed = pulse.Followed(display, work.kept)
+    heart = pulse.Pulse(job.run_dir, "driver", epoch=held.epoch, figures=followed.figures)
     try:
-        tally = await engine.run(work, make_solver, options, log=log, lease=held, watcher=display, stop=stop)
+        tally = await engine.run(work, make_solver, options, log=log, lease=held, watcher=followed, stop=stop)
     finally:
         display.close()
+        heart.close()
     log.append(_mark("run_end", options, tally.line()))
     return Ending(tally, options.epoch, caught[0] if caught and tally.pending else None)
 
@@ -358,7 +371,10 @@ def _figures(job: Job, ending: Ending, run: Any) -> dict[str, Any]:
 
 def _model_calls(run_dir: Path) -> dict[int, int]:
     """Model calls made, by epoch: failed and repeated ones count, replayed ones are no calls."""
-    query = "select epoch, count(*) from events where kind = 'model_call' group by epoch"
+    query = f"""
+        select epoch, count(*) from events
+        where kind = 'model_call' and not {events.SECOND_OPINION} group by epoch
+    """
     with events.connect(run_dir) as log:
         return dict(log.execute(query).fetchall())
 

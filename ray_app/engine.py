@@ -21,11 +21,12 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayActorError, RayError, TaskCancelledError
 
-from ray_app import events
+from ray_app import events, pulse
 from ray_app.errors import ConfigError, EvalError, InfrastructureError, kind_of
 from ray_app.event_writer import EventWriter
 from ray_app.journal import EventSink, Journal, RecordedCall
 from ray_app.lease import Lease
+from ray_app.pulse import Pulse
 from ray_app.records import Event, Outcome, Task, TaskResult, Verdict
 
 CALL_KINDS = ("model_call", "retrieval", "code")
@@ -82,6 +83,7 @@ class Report:
 
     result: TaskResult
     calls: tuple[RecordedCall, ...] = ()
+    is_given_up: bool = False  # its deadline passed and its worker may still be held by it
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,8 @@ class Options:
     attempts: int
     give_up_after: int = 1_000_000
     canary: str = ""  # of the dataset, carried in the metadata of every log file
+    # Holds even where a call ignores its cancellation; None: calls have deadlines of their own.
+    attempt_deadline_s: float | None = None
 
     def writer(self, name: str) -> EventWriter:
         """A log writer of its own for each process start, whatever else writes to this run."""
@@ -209,22 +213,48 @@ class Worker:
     """One process with many tasks in flight, its own log stream and its own clients."""
 
     def __init__(self, make_solver: SolverFactory, options: Options, index: int) -> None:
+        pulse.raise_file_limit(options.concurrency)
         self._options = options
-        self._name = f"{ray.get_runtime_context().get_node_id()[:8]}:{os.getpid()}"
-        self._log = options.writer(f"w{index:03d}")
+        node = ray.get_runtime_context().get_node_id()[:8]
+        self._name = f"{node}:{os.getpid()}"
+        self._log = options.writer(worker_name(index))
+        self._pulse = Pulse(options.run_dir, worker_name(index), epoch=options.epoch, node=node)
+        self._given_up: set[asyncio.Task[Solved]] = set()
         self._solver = make_solver()
 
     async def solve(self, item: WorkItem) -> Report:
         """One attempt. Whatever goes wrong is data in the report, never an exception."""
-        journal = Journal(item.task, self._log, self._base(item), item.recorded)
+        journal = Journal(item.task, self._log, self._base(item), item.recorded, watch=self._pulse)
         journal.note("attempt")
         try:
-            solved = await self._solver.solve(item.task, journal)
+            solved = await self._in_time(item.task, journal)
             result = _result(item, journal, solved)
         except Exception as error:
             result = _broken(item, journal, error)
         await asyncio.to_thread(self._log.flush)
-        return Report(result, tuple(journal.calls) if is_retryable(result) else ())
+        return Report(result, tuple(journal.calls) if is_retryable(result) else (), journal.is_closed)
+
+    async def _in_time(self, task: Task, journal: Journal) -> Solved:
+        """The solver's result. Raises InfrastructureError at the deadline, whatever holds the solver."""
+        limit_s = self._options.attempt_deadline_s
+        if limit_s is None:
+            return await self._solver.solve(task, journal)
+        solving = asyncio.ensure_future(self._solver.solve(task, journal))
+        try:
+            done, _ = await asyncio.wait({solving}, timeout=limit_s)
+        finally:
+            solving.cancel()  # does nothing to one that is done
+        if done:
+            return solving.result()
+        journal.is_closed = True
+        self._given_up.add(solving)  # a task that nobody holds may be collected while it runs
+        solving.add_done_callback(self._forget)
+        raise InfrastructureError(f"no end within {limit_s:g} s (deadline of an attempt): given up")
+
+    def _forget(self, solving: asyncio.Task[Solved]) -> None:
+        self._given_up.discard(solving)
+        if not solving.cancelled():
+            solving.exception()  # known: what an attempt that was given up still says counts for nothing
 
     async def sees(self, path: Path) -> bool:
         """Whether this worker's node has the run directory of the driver, and not one of its own."""
@@ -233,6 +263,7 @@ class Worker:
     async def close(self) -> None:
         await self._solver.close()
         await asyncio.to_thread(self._log.close)
+        await asyncio.to_thread(self._pulse.close)
 
     def _base(self, item: WorkItem) -> Event:
         return Event(
@@ -295,12 +326,18 @@ def is_retryable(result: TaskResult) -> bool:
     return result.error_kind == "infrastructure" or result.outcome == "owed"
 
 
+def worker_name(index: int) -> str:
+    return f"w{index:03d}"
+
+
 class WorkerPool:
     """The worker actors; a dead one is replaced, and its tasks run again elsewhere."""
 
     def __init__(self, make_solver: SolverFactory, options: Options) -> None:
         self._make_solver, self._options = make_solver, options
         self._made = 0
+        self._names: dict[Any, str] = {}
+        self._given_up_by: dict[Key, Any] = {}
         self._busy: dict[Any, int] = {self._start(): 0 for _ in range(options.workers)}
 
     def _start(self) -> Any:
@@ -308,7 +345,14 @@ class WorkerPool:
         actor = ray.remote(Worker).options(
             num_cpus=WORKER_CPUS, max_concurrency=10_000, scheduling_strategy="SPREAD"
         )
-        return actor.remote(self._make_solver, self._options, self._made)
+        worker = actor.remote(self._make_solver, self._options, self._made)
+        self._names[worker] = worker_name(self._made)
+        return worker
+
+    def _choose(self, key: Key) -> Any:
+        """The least busy worker, but for the one that this task may still hang in."""
+        others = [worker for worker in self._busy if worker is not self._given_up_by.get(key)]
+        return min(others or self._busy, key=lambda worker: self._busy[worker])
 
     async def ready(self, lease_path: Path) -> None:
         """Wait for the workers. Raises ConfigError where one cannot start or has another disk."""
@@ -330,11 +374,13 @@ class WorkerPool:
 
     async def solve(self, item: WorkItem) -> Report:
         """The report of one attempt. Raises RayActorError when its worker died."""
-        worker = min(self._busy, key=lambda actor: self._busy[actor])
+        worker = self._choose(item.key)
         self._busy[worker] += 1
         reference = worker.solve.remote(item)
         try:
             report: Report = await reference
+            if report.is_given_up:
+                self._given_up_by[item.key] = worker
             return report
         except asyncio.CancelledError:
             ray.cancel(reference)
@@ -342,6 +388,7 @@ class WorkerPool:
         except RayActorError:
             if self._busy.pop(worker, None) is not None:
                 self._busy[self._start()] = 0
+                pulse.mark_lost(self._options.run_dir, self._names.pop(worker), self._options.epoch)
             raise
         finally:
             if worker in self._busy:

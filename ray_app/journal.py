@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from ray_app.errors import EvalError, kind_of
+from ray_app.errors import EvalError, InfrastructureError, kind_of
 from ray_app.records import (
     ChatReply,
     Event,
@@ -39,6 +39,14 @@ class EventSink(Protocol):
     def append(self, event: Event) -> str: ...
 
     def payload(self, body: str, media: Literal["json", "text"] = "json") -> str: ...
+
+
+class Watch(Protocol):
+    """Is told of each call that goes out; `pulse.Pulse` is the real one."""
+
+    def begin(self, row: Event, model: str = "") -> int: ...
+
+    def end(self, number: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +93,9 @@ class Journal:
     replayed: int = 0
     clock: Callable[[], float] = time.time
     timer: Callable[[], float] = time.monotonic
+    watch: Watch | None = None
+    # Set when the attempt was given up: what still runs of it must pay for nothing more.
+    is_closed: bool = False
 
     def __post_init__(self) -> None:
         self._known = {(call.call_seq, call.request_hash): call for call in self.recorded}
@@ -105,6 +116,8 @@ class Journal:
         `request` is plain JSON data that decides the output. An output that `check` refuses (by
         raising) is kept as evidence, counted, and never served again. Errors become events and rise.
         """
+        if self.is_closed:
+            raise InfrastructureError("this attempt was given up; its calls are made by the next one")
         seq, request_hash = len(self.calls), digest([codec.kind, request])
         known = self._known.get((seq, request_hash))
         if known is not None:
@@ -116,7 +129,7 @@ class Journal:
         row = self._row(codec.kind, seq, role, request_hash)
         started = self.timer()
         try:
-            output = await perform()
+            output = await self._watched(row, request, perform)
         except BaseException as error:  # a cancelled call may have been paid for too
             self.sink.append(_failed(replace(row, duration_s=self.timer() - started), error))
             raise
@@ -131,6 +144,15 @@ class Journal:
             raise
         self.calls.append(self._record(codec, row, output))
         return output
+
+    async def _watched(self, row: Event, request: Any, perform: Callable[[], Awaitable[T]]) -> T:
+        if self.watch is None:
+            return await perform()
+        number = self.watch.begin(row, request.get("model", "") if isinstance(request, dict) else "")
+        try:
+            return await perform()
+        finally:
+            self.watch.end(number)
 
     def note(self, kind: EventKind, *, started: float | None = None, **columns: Any) -> None:
         """Add an event that is no call: a turn, a tool call as a whole, a verdict.

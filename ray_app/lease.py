@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ray_app.errors import RunDirError, StorageError
+from ray_app.pulse import process_started
 
 HEARTBEAT_S = 2.0
 # A lease from another machine counts as live this long after its last heartbeat.
@@ -68,7 +69,7 @@ def take(run_dir: Path) -> Lease:
         _refuse_if_alive(run_dir, newest[1])
     epoch = 1 if newest is None else newest[0] + 1
     path = folder / f"epoch-{epoch:06d}.json"
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": process_started(os.getpid())}
     try:
         with path.open("x") as file:
             json.dump(holder, file)
@@ -92,7 +93,7 @@ def _refuse_if_alive(run_dir: Path, path: Path) -> None:
     if "ended" in holder:
         return
     is_here = holder.get("host") == socket.gethostname()
-    alive = _started(holder["pid"]) == holder["started"] if is_here else age_s < LEASE_S
+    alive = process_started(holder["pid"]) == holder["started"] if is_here else age_s < LEASE_S
     if alive:
         raise RunDirError(
             f"run {run_dir}: process {holder['pid']} on {holder['host']} is running it; "
@@ -109,12 +110,3 @@ def _write(path: Path, value: dict[str, object]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value))
     temporary.replace(path)
-
-
-def _started(pid: int) -> float | None:
-    """When the process began; tells a process from a later one with the same number."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return float(fields[19])  # clock ticks since boot: a step of the clock does not move it
