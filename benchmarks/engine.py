@@ -31,12 +31,13 @@ from benchmarks.figures import Figure, report
 from benchmarks.load import Load, MakeSolver, StubSolver
 from benchmarks.session import Snapshot, cpu_s, held_bytes, snapshot
 from benchmarks.stub_model import USAGE, Behaviour, serving
-from ray_app import engine, events, lease
+from ray_app import engine, events, lease, planning
 from ray_app.chat import ChatRequest
 from ray_app.event_writer import EventWriter
 from ray_app.events import PARQUET
 from ray_app.journal import Journal
 from ray_app.records import ChatReply, Event, TaskResult, Verdict
+from ray_app.worker import Options
 
 WORKERS = 2
 REPLY_BYTES = 1000
@@ -72,11 +73,11 @@ class Meter:
     waits_s: list[float] = field(default_factory=list)
     log_bytes: int = 0
 
-    def started(self, item: engine.WorkItem) -> None:
+    def started(self, item: planning.WorkItem) -> None:
         if not self.before:
             self.before, self.started_at = snapshot(self.without), time.time()
 
-    def committed(self, result: TaskResult, tally: engine.Tally) -> None:
+    def committed(self, result: TaskResult, tally: planning.Tally) -> None:
         self.waits_s += json.loads(result.prediction)
         done = 1 - tally.pending / tally.planned
         if tally.pending == 0:
@@ -121,9 +122,9 @@ def run(load: Load, run_dir: Path, without: Collection[int] = ()) -> Ran:
     called = time.time()
     meter = Meter(run_dir, without)
     held = lease.take(run_dir)
-    options = engine.Options(run_dir, "bench", held.epoch, load.in_flight, WORKERS, attempts=3)
+    options = Options(run_dir, "bench", held.epoch, load.in_flight, WORKERS, attempts=3)
     log = options.writer("driver") if load.is_journalled else DroppingLog(run_dir, "dropped")
-    work = engine.plan(load.work(), 1, [])
+    work = planning.plan(load.work(), 1, [])
     try:
         tally = asyncio.run(_drive(work, load, options, log, held, meter))
     finally:
@@ -138,13 +139,13 @@ def run(load: Load, run_dir: Path, without: Collection[int] = ()) -> Ran:
 
 
 async def _drive(
-    work: engine.Plan,
+    work: planning.Plan,
     load: Load,
-    options: engine.Options,
+    options: Options,
     log: EventWriter,
     held: lease.Lease,
     meter: Meter,
-) -> engine.Tally:
+) -> planning.Tally:
     stop = asyncio.Event()
     return await engine.run(work, MakeSolver(load), options, log=log, lease=held, watcher=meter, stop=stop)
 
@@ -179,7 +180,7 @@ class Instant:
 
 async def write_finished(load: Load, run_dir: Path) -> None:
     """The log that a finished run of `load` leaves, without the run."""
-    options = engine.Options(run_dir, "bench", 1, load.in_flight, WORKERS, attempts=3)
+    options = Options(run_dir, "bench", 1, load.in_flight, WORKERS, attempts=3)
     logs = [options.writer(f"w{number}") for number in range(WORKERS)]
     driver, solver = options.writer("driver"), StubSolver(load, Instant(load.behaviour))
     for number, task in enumerate(load.work()):
@@ -200,7 +201,7 @@ def planning_s(load: Load, run_dir: Path) -> float:
     """How long it takes to find that nothing of `load` is left to do."""
     tasks = load.work()
     started = time.perf_counter()
-    work = engine.plan(tasks, 1, events.results(run_dir).to_pylist())
+    work = planning.plan(tasks, 1, events.results(run_dir).to_pylist())
     took_s = time.perf_counter() - started
     if work.items:
         raise RuntimeError(f"{len(work.items)} tasks of a finished run would run again")

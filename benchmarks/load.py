@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from benchmarks.stub_model import MODEL, Behaviour, InProcessModel
 from ray_app.chat import ChatClient, ChatRequest, Router
 from ray_app.config import Endpoint, ModelConfig, Sampling
-from ray_app.engine import Solved
 from ray_app.journal import Journal
 from ray_app.records import ChatReply, Message, Task, Verdict
 from ray_app.tools.base import Caller
+from ray_app.worker import Solved
 
 SYSTEM = "You are asked the same thing until the benchmark ends. " * 10
 GO_ON = "Go on."

@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ray_app import engine, event_writer, events, lease, pulse, ray_cluster, rundir, services
+from ray_app import engine, event_writer, events, lease, planning, pulse, ray_cluster, rundir, services
 from ray_app.adopt import Adoption
 from ray_app.config import RunConfig
 from ray_app.dataset import TaskSet
@@ -31,6 +31,7 @@ from ray_app.prompting import Prompts
 from ray_app.records import Event, EventKind, Task
 from ray_app.sandbox import NAMESPACES
 from ray_app.services import ServeConfig
+from ray_app.worker import Options, SolverFactory
 
 PIPE_WIDTH = 120
 # So many failures of infrastructure in a row say that something is down, whatever runs at once.
@@ -113,7 +114,7 @@ class Command:
     """
 
     console: Console
-    solver_for: Callable[[Mapping[str, str]], engine.SolverFactory]
+    solver_for: Callable[[Mapping[str, str]], SolverFactory]
     check: Callable[[Job, Mapping[str, str]], Coroutine[None, None, dict[str, str]]]
     is_fresh: bool = False
     retry_failed: bool = False
@@ -127,7 +128,7 @@ class Command:
 class Ending:
     """How a command left its run."""
 
-    tally: engine.Tally
+    tally: planning.Tally
     epoch: int
     stopped_by: int | None = None
 
@@ -147,11 +148,11 @@ class Stopped(BaseException):
         self.exit_code = 128 + number
 
 
-def make_plan(job: Job, *, retry_failed: bool) -> engine.Plan:
+def make_plan(job: Job, *, retry_failed: bool) -> planning.Plan:
     """What the run directory leaves to do; everything, where there is none yet."""
     has_run = rundir.check_resumable(job.run_dir, job.config, job.identity)
     results = events.results(job.run_dir).to_pylist() if has_run and (job.run_dir / "log").exists() else []
-    return engine.plan(job.tasks, job.config.trials, results, retry_failed=retry_failed)
+    return planning.plan(job.tasks, job.config.trials, results, retry_failed=retry_failed)
 
 
 def carry_out(job: Job, command: Command) -> int:
@@ -213,9 +214,9 @@ def _owned(job: Job) -> Iterator[lease.Lease]:
         held.release()
 
 
-def _options(job: Job, held: lease.Lease, items: int) -> engine.Options:
+def _options(job: Job, held: lease.Lease, items: int) -> Options:
     config = job.config
-    return engine.Options(
+    return Options(
         run_dir=job.run_dir,
         run_id=job.run_dir.name,
         epoch=held.epoch,
@@ -233,7 +234,7 @@ def _attempt_deadline_s(wall_s: float | None) -> float | None:
     return None if wall_s is None else 2 * wall_s + 120
 
 
-def _run(job: Job, work: engine.Plan, command: Command, held: lease.Lease) -> Ending:
+def _run(job: Job, work: planning.Plan, command: Command, held: lease.Lease) -> Ending:
     started = time.time()
     ray_cluster.connect(command.say)
     raise_on_signals()  # Ray has put its own handler in place
@@ -245,7 +246,7 @@ def _run(job: Job, work: engine.Plan, command: Command, held: lease.Lease) -> En
         asyncio.run(services.wait_for_proxy(job.serve_config.proxy(head)))
     rundir.confirm(job.run_dir, asyncio.run(command.check(job, urls)))
     make_solver = command.solver_for(urls)
-    work = engine.with_recorded_calls(work, job.run_dir)
+    work = planning.with_recorded_calls(work, job.run_dir)
     options = _options(job, held, len(work.items))
     log = options.writer("driver")
     try:
@@ -257,9 +258,9 @@ def _run(job: Job, work: engine.Plan, command: Command, held: lease.Lease) -> En
 
 async def _drive(
     job: Job,
-    work: engine.Plan,
-    make_solver: engine.SolverFactory,
-    options: engine.Options,
+    work: planning.Plan,
+    make_solver: SolverFactory,
+    options: Options,
     command: Command,
     *,
     log: EventWriter,
@@ -318,11 +319,11 @@ def raise_on_signals() -> None:
         signal.signal(signal.SIGTERM, stop)
 
 
-def _mark(kind: EventKind, options: engine.Options, detail: str) -> Event:
+def _mark(kind: EventKind, options: Options, detail: str) -> Event:
     return Event(kind=kind, t_start=time.time(), run_id=options.run_id, epoch=options.epoch, detail=detail)
 
 
-def _skipped(job: Job, work: engine.Plan) -> list[str]:
+def _skipped(job: Job, work: planning.Plan) -> list[str]:
     left = {item.key for item in work.items}
     trials = range(job.config.trials)
     return [task.task_id for trial in trials for task in job.tasks if (task.rollout_key, trial) not in left]

@@ -1,333 +1,38 @@
-"""From tasks to committed results: the plan, the worker actors, the bounded fan-out.
+"""From a plan to committed results: the pool of workers, the bounded fan-out, the commits.
 
-Names no benchmark: a solver factory comes from the job. Only a result row that the driver commits
-counts; everything a worker writes is evidence. At every moment
-`planned = ok + failed + limited + owed + pending`.
+Only a result row that the driver commits counts; everything a worker writes is evidence. At every
+moment `planned = ok + failed + limited + owed + pending`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import time
-import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayActorError, RayError, TaskCancelledError
 
-from ray_app import events, pulse
-from ray_app.errors import ConfigError, EvalError, InfrastructureError, kind_of
+from ray_app import pulse
+from ray_app.errors import ConfigError, InfrastructureError
 from ray_app.event_writer import EventWriter
-from ray_app.journal import EventSink, Journal, RecordedCall
+from ray_app.journal import EventSink
 from ray_app.lease import Lease
-from ray_app.pulse import Pulse
-from ray_app.records import Event, Outcome, Task, TaskResult, Verdict
+from ray_app.planning import RUN_AGAIN, Key, Plan, Tally, WorkItem, recorded_calls
+from ray_app.records import Event, TaskResult
+from ray_app.worker import Options, Report, SolverFactory, Worker, is_retryable, unfinished, worker_name
 
-CALL_KINDS = ("model_call", "retrieval", "code")
 RETRY_PAUSE_S = 1.0
-# Failures that say nothing of the model: mended by time, or by the user.
-RUN_AGAIN = ("infrastructure", "user")
 CLOSE_TIMEOUT_S = 5.0
 TICK_S = 1.0
 READY_TIMEOUT_S = 180.0
 # Logical cores: workers wait on the network, so many fit on a core.
 WORKER_CPUS = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class Solved:
-    """What a solver makes of a task: a verdict, or the reason why one is still owed."""
-
-    prediction: str
-    verdict: Verdict | None = None
-    owed: str = ""
-
-
-class Solver(Protocol):
-    """One benchmark's way to solve a task; made once in each worker process."""
-
-    async def solve(self, task: Task, journal: Journal) -> Solved:
-        """Raises LimitReached, ModelError or an InfrastructureError; all else counts as the last."""
-        ...
-
-    async def close(self) -> None: ...
-
-
-SolverFactory = Callable[[], Solver]
-Key = tuple[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class WorkItem:
-    """One attempt at one trial of a task, with the calls that earlier attempts completed."""
-
-    task: Task
-    trial: int
-    attempt: int = 1
-    recorded: tuple[RecordedCall, ...] = ()
-
-    @property
-    def key(self) -> Key:
-        return (self.task.rollout_key, self.trial)
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """An attempt's result, and its completed calls for the next attempt if there must be one."""
-
-    result: TaskResult
-    calls: tuple[RecordedCall, ...] = ()
-    is_given_up: bool = False  # its deadline passed and its worker may still be held by it
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How a run is carried out; nothing here changes what is measured."""
-
-    run_dir: Path
-    run_id: str
-    epoch: int
-    concurrency: int
-    workers: int
-    attempts: int
-    give_up_after: int = 1_000_000
-    canary: str = ""  # of the dataset, carried in the metadata of every log file
-    # Holds even where a call ignores its cancellation; None: calls have deadlines of their own.
-    attempt_deadline_s: float | None = None
-
-    def writer(self, name: str) -> EventWriter:
-        """A log writer of its own for each process start, whatever else writes to this run."""
-        writer_id = f"e{self.epoch:04d}-{name}-{uuid.uuid4().hex[:8]}"
-        metadata = {"canary": self.canary} if self.canary else None
-        return EventWriter(self.run_dir, writer_id, metadata=metadata)
-
-
-@dataclass
-class Tally:
-    """The accounting identity, kept as results are committed."""
-
-    planned: int
-    counts: dict[Outcome, int] = field(
-        default_factory=lambda: {"ok": 0, "failed": 0, "limited": 0, "owed": 0}
-    )
-
-    @property
-    def pending(self) -> int:
-        return self.planned - sum(self.counts.values())
-
-    def line(self) -> str:
-        parts = " + ".join(f"{count} {name}" for name, count in self.counts.items())
-        return f"{self.planned} planned = {parts} + {self.pending} pending"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is left to do, and what the log already counts."""
-
-    items: tuple[WorkItem, ...]
-    kept: Tally
-
-    @property
-    def skipped(self) -> int:
-        return self.kept.planned - len(self.items)
-
-
-def plan(
-    tasks: Sequence[Task], trials: int, results: Iterable[Mapping[str, Any]], *, retry_failed: bool = False
-) -> Plan:
-    """The work that the counted `results` leave: infrastructure failures and owed verdicts run again.
-
-    A result judged against another reference answer is judged again; its rollout is not repeated.
-    """
-    counted = {(row["rollout_key"], row["trial"]): row for row in results}
-    kept = Tally(len(tasks) * trials)
-    items = []
-    for trial in range(trials):
-        for task in tasks:
-            row = counted.get((task.rollout_key, trial))
-            if row is not None and _is_final(row, task, retry_failed):
-                kept.counts[row["outcome"]] += 1
-            else:
-                items.append(WorkItem(task, trial, attempt=1 + (row["attempt"] if row else 0)))
-    return Plan(tuple(items), kept)
-
-
-def _is_final(row: Mapping[str, Any], task: Task, retry_failed: bool) -> bool:
-    if row["outcome"] == "failed":
-        return bool(row["error_kind"] not in RUN_AGAIN and not retry_failed)
-    is_judged = row["outcome"] == "ok" and row["judge_key"] == task.judge_key
-    return bool(is_judged or row["outcome"] == "limited")
-
-
-def recorded_calls(run_dir: Path, keys: Collection[Key]) -> dict[Key, tuple[RecordedCall, ...]]:
-    """The completed calls of the given (rollout key, trial) pairs, newest record of each call last."""
-    wanted, rows = set(keys), []
-    columns = ["kind", "status", "rollout_key", "trial", "call_seq", "request_hash", "payload_hash", "epoch"]
-    for batch in events.read(run_dir, columns):
-        rows += [
-            row
-            for row in batch.to_pylist()
-            if row["kind"] in CALL_KINDS
-            and row["status"] == "ok"
-            and (row["rollout_key"], row["trial"]) in wanted
-        ]
-    rows.sort(key=lambda row: (row["call_seq"], row["epoch"]))
-    bodies = events.read_payloads(run_dir, {row["payload_hash"] for row in rows})
-    texts = events.read_payloads(
-        run_dir, {item["text"] for row in rows if row["kind"] == "retrieval" for item in _hits(row, bodies)}
-    )
-    found: dict[Key, list[RecordedCall]] = {}
-    for row in rows:
-        body = bodies.get(row["payload_hash"])
-        if body is None:
-            continue  # its payload was lost with its process: the call is made again
-        named = {item["text"] for item in _hits(row, bodies)} if row["kind"] == "retrieval" else set()
-        if not named <= texts.keys():
-            continue
-        call = RecordedCall(row["call_seq"], row["request_hash"], body, {name: texts[name] for name in named})
-        found.setdefault((row["rollout_key"], row["trial"]), []).append(call)
-    return {key: tuple(calls) for key, calls in found.items()}
-
-
-def _hits(row: Mapping[str, Any], bodies: Mapping[str, str]) -> list[dict[str, Any]]:
-    hits: list[dict[str, Any]] = json.loads(bodies.get(row["payload_hash"], "[]"))
-    return hits
-
-
-def with_recorded_calls(work: Plan, run_dir: Path) -> Plan:
-    """`work` with the calls that earlier attempts of its items completed."""
-    if not (run_dir / "log").exists():
-        return work
-    recorded = recorded_calls(run_dir, {item.key for item in work.items})
-    items = tuple(replace(item, recorded=recorded.get(item.key, ())) for item in work.items)
-    return replace(work, items=items)
-
-
-class Worker:
-    """One process with many tasks in flight, its own log stream and its own clients."""
-
-    def __init__(self, make_solver: SolverFactory, options: Options, index: int) -> None:
-        pulse.raise_file_limit(options.concurrency)
-        self._options = options
-        node = ray.get_runtime_context().get_node_id()[:8]
-        self._name = f"{node}:{os.getpid()}"
-        self._log = options.writer(worker_name(index))
-        self._pulse = Pulse(options.run_dir, worker_name(index), epoch=options.epoch, node=node)
-        self._given_up: set[asyncio.Task[Solved]] = set()
-        self._solver = make_solver()
-
-    async def solve(self, item: WorkItem) -> Report:
-        """One attempt. Whatever goes wrong is data in the report, never an exception."""
-        journal = Journal(item.task, self._log, self._base(item), item.recorded, watch=self._pulse)
-        journal.note("attempt")
-        try:
-            solved = await self._in_time(item.task, journal)
-            result = _result(item, journal, solved)
-        except Exception as error:
-            result = _broken(item, journal, error)
-        await asyncio.to_thread(self._log.flush)
-        return Report(result, tuple(journal.calls) if is_retryable(result) else (), journal.is_closed)
-
-    async def _in_time(self, task: Task, journal: Journal) -> Solved:
-        """The solver's result. Raises InfrastructureError at the deadline, whatever holds the solver."""
-        limit_s = self._options.attempt_deadline_s
-        if limit_s is None:
-            return await self._solver.solve(task, journal)
-        solving = asyncio.ensure_future(self._solver.solve(task, journal))
-        try:
-            done, _ = await asyncio.wait({solving}, timeout=limit_s)
-        finally:
-            solving.cancel()  # does nothing to one that is done
-        if done:
-            return solving.result()
-        journal.is_closed = True
-        self._given_up.add(solving)  # a task that nobody holds may be collected while it runs
-        solving.add_done_callback(self._forget)
-        raise InfrastructureError(f"no end within {limit_s:g} s (deadline of an attempt): given up")
-
-    def _forget(self, solving: asyncio.Task[Solved]) -> None:
-        self._given_up.discard(solving)
-        if not solving.cancelled():
-            solving.exception()  # known: what an attempt that was given up still says counts for nothing
-
-    async def sees(self, path: Path) -> bool:
-        """Whether this worker's node has the run directory of the driver, and not one of its own."""
-        return await asyncio.to_thread(path.exists)
-
-    async def close(self) -> None:
-        await self._solver.close()
-        await asyncio.to_thread(self._log.close)
-        await asyncio.to_thread(self._pulse.close)
-
-    def _base(self, item: WorkItem) -> Event:
-        return Event(
-            kind="attempt",
-            t_start=0.0,
-            run_id=self._options.run_id,
-            epoch=self._options.epoch,
-            rollout_key=item.task.rollout_key,
-            judge_key=item.task.judge_key,
-            task_id=item.task.task_id,
-            trial=item.trial,
-            attempt=item.attempt,
-            category=item.task.category,
-            answer_type=item.task.answer_type,
-            worker=self._name,
-        )
-
-
-def _result(item: WorkItem, journal: Journal, solved: Solved) -> TaskResult:
-    is_owed = solved.verdict is None
-    return replace(
-        _empty_result(item, journal),
-        outcome="owed" if is_owed else "ok",
-        prediction=solved.prediction,
-        verdict=solved.verdict,
-        error_kind="judge" if is_owed else None,
-        error=solved.owed,
-    )
-
-
-def _broken(item: WorkItem, journal: Journal, error: Exception) -> TaskResult:
-    kind = kind_of(error)
-    message = str(error) if isinstance(error, EvalError) else f"{type(error).__name__}: {error}"
-    outcome: Outcome = "limited" if kind == "limit" else "failed"
-    return replace(_empty_result(item, journal), outcome=outcome, error_kind=kind, error=message[:2000])
-
-
-def _empty_result(item: WorkItem, journal: Journal) -> TaskResult:
-    task = item.task
-    return TaskResult(
-        task.task_id,
-        task.rollout_key,
-        task.judge_key,
-        item.trial,
-        item.attempt,
-        "failed",
-        turns=journal.turn + 1,
-        model_calls=journal.live_model_calls,
-        replayed_calls=journal.replayed,
-        usage=journal.usage,
-        cost_usd=journal.cost_usd,
-        duration_s=journal.elapsed_s,
-        category=task.category,
-        answer_type=task.answer_type,
-    )
-
-
-def is_retryable(result: TaskResult) -> bool:
-    """Whether another attempt may mend it: infrastructure broke, in the rollout or in the judge."""
-    return result.error_kind == "infrastructure" or result.outcome == "owed"
-
-
-def worker_name(index: int) -> str:
-    return f"w{index:03d}"
 
 
 class WorkerPool:
@@ -502,20 +207,7 @@ async def _attempts(item: WorkItem, pool: WorkerPool, options: Options) -> TaskR
 
 
 def _lost(item: WorkItem, error: Exception) -> TaskResult:
-    message = f"worker lost: {_last_line(error)}"
-    task = item.task
-    return TaskResult(
-        task.task_id,
-        task.rollout_key,
-        task.judge_key,
-        item.trial,
-        item.attempt,
-        "failed",
-        error_kind="infrastructure",
-        error=message,
-        category=task.category,
-        answer_type=task.answer_type,
-    )
+    return replace(unfinished(item), error_kind="infrastructure", error=f"worker lost: {_last_line(error)}")
 
 
 def _last_line(error: Exception) -> str:

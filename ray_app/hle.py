@@ -18,7 +18,6 @@ from ray_app.chat import ChatClient, Router
 from ray_app.config import Dataset, RunConfig
 from ray_app.dataset import TaskSet, load_tasks
 from ray_app.driver import Job
-from ray_app.engine import Solved
 from ray_app.errors import ConfigError, EvalError, LimitReached, RunDirError
 from ray_app.journal import Journal
 from ray_app.prompting import Prompts, load_prompts
@@ -30,6 +29,7 @@ from ray_app.tools.answer import FinalAnswer
 from ray_app.tools.base import Answer, Caller, Tool
 from ray_app.tools.reasoning import Reasoning, Sandbox
 from ray_app.tools.search import DocumentSource, Search
+from ray_app.worker import Solved
 
 
 def read_job(config: RunConfig, run_dir: Path | None) -> Job:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ray_app import engine, events, services
+from ray_app import events, planning, services
 from ray_app.chat import Router, cost
 from ray_app.config import RunConfig
 from ray_app.driver import Job
@@ -42,7 +42,7 @@ class RouteRow:
     problem: str
 
 
-def show(job: Job, work: engine.Plan, console: Console) -> bool:
+def show(job: Job, work: planning.Plan, console: Console) -> bool:
     """Print the plan. Returns whether everything that the run needs is there or can be started."""
     owed = _outcomes(job.run_dir).get("owed", 0)
     console.print(f"Run directory: {job.run_dir}", soft_wrap=True, highlight=False)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from ray_app.engine import Tally, WorkItem
+from ray_app.planning import Tally, WorkItem
 from ray_app.records import TaskResult
 
 LINE_EVERY_S = 30.0

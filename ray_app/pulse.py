@@ -25,7 +25,8 @@ from ray_app.errors import ConfigError
 from ray_app.records import Event, TaskResult
 
 if TYPE_CHECKING:
-    from ray_app.engine import Tally, Watcher, WorkItem
+    from ray_app.engine import Watcher
+    from ray_app.planning import Tally, WorkItem
 
 BEAT_S = 2.0
 # The oldest calls of a process are named, the rest are counted: the file stays a few kB.

@@ -25,11 +25,11 @@ from pathlib import Path
 from ray_app import events, judge, lease, opinions, rundir
 from ray_app.chat import Router, cost
 from ray_app.driver import MIN_FAILURES_IN_A_ROW
-from ray_app.engine import RUN_AGAIN
 from ray_app.errors import ConfigError, EvalError, InfrastructureError, StorageError, kind_of
 from ray_app.event_writer import EventWriter
 from ray_app.journal import Journal
 from ray_app.opinions import Item, JudgePass
+from ray_app.planning import RUN_AGAIN
 from ray_app.preview import ASSUMED_USAGE
 from ray_app.progress import LINE_EVERY_S
 from ray_app.records import Event, Usage, Verdict

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import ray
 
-from ray_app import engine, events, lease
-from ray_app.engine import Options, Plan, Solved, Tally, WorkItem
+from ray_app import engine, events, lease, planning
 from ray_app.errors import ContextOverflow, EndpointError, LimitReached
 from ray_app.event_writer import EventWriter
 from ray_app.journal import CODE, Journal
+from ray_app.planning import Plan, Tally, WorkItem
 from ray_app.records import ExecutionResult, Task, TaskResult, Verdict
+from ray_app.worker import Options, Solved
 
 TASKS = [Task(f"task/{n}", f"question {n}", str(n)) for n in range(12)]
 CALLS = 3
@@ -45,16 +46,16 @@ def test_a_resume_runs_infrastructure_failures_and_owed_verdicts_again() -> None
         row(TASKS[4], "owed", error_kind="judge"),
         row(TASKS[5], "ok", judge_key="of another reference answer"),
     ]
-    work = engine.plan(TASKS[:7], 1, rows)
+    work = planning.plan(TASKS[:7], 1, rows)
     assert [item.task for item in work.items] == [TASKS[3], TASKS[4], TASKS[5], TASKS[6]]
     assert work.items[0].attempt == 4
     assert work.kept.counts == {"ok": 1, "limited": 1, "failed": 1, "owed": 0}
     assert work.kept.line() == "7 planned = 1 ok + 1 failed + 1 limited + 0 owed + 4 pending"
-    assert len(engine.plan(TASKS[:7], 1, rows, retry_failed=True).items) == 5
+    assert len(planning.plan(TASKS[:7], 1, rows, retry_failed=True).items) == 5
 
 
 def test_every_trial_of_a_task_is_work_of_its_own() -> None:
-    work = engine.plan(TASKS[:2], 3, [row(TASKS[0], "ok", trial=1)])
+    work = planning.plan(TASKS[:2], 3, [row(TASKS[0], "ok", trial=1)])
     assert [(item.task.task_id, item.trial) for item in work.items] == [
         ("task/0", 0),
         ("task/1", 0),
@@ -155,7 +156,7 @@ class Bench:
         settings = replace(Options(self.run_dir, "run", held.epoch, 4, 2, 3), **options)  # type: ignore[arg-type]
         log = EventWriter(self.run_dir, f"e{held.epoch}-driver")
         seen = Seen(asyncio.Event(), stop_after)
-        work = engine.with_recorded_calls(self.plan(), self.run_dir)
+        work = planning.with_recorded_calls(self.plan(), self.run_dir)
         make = MakeSolver(self.marks, fault)
         try:
             tally = await engine.run(work, make, settings, log=log, lease=held, watcher=seen, stop=seen.stop)
@@ -165,7 +166,7 @@ class Bench:
         return tally, seen
 
     def plan(self) -> Plan:
-        return engine.plan(TASKS, 1, self.results())
+        return planning.plan(TASKS, 1, self.results())
 
     def results(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = (

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from ray_app.engine import Tally, WorkItem
+from ray_app.planning import Tally, WorkItem
 from ray_app.progress import Display, clock
 from ray_app.records import Outcome, Task, TaskResult, Verdict
 

@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 import ray
 
-from ray_app import engine, events, lease, pulse
-from ray_app.engine import Options, Solved, Tally, WorkItem
+from ray_app import engine, events, lease, planning, pulse
 from ray_app.errors import EndpointError, InfrastructureError
 from ray_app.event_writer import EventWriter
 from ray_app.journal import CHAT, CODE, Journal
+from ray_app.planning import Tally, WorkItem
 from ray_app.pulse import Call, CallGroup, Followed, Pulse
 from ray_app.records import ChatReply, Event, ExecutionResult, Task, TaskResult, Verdict
+from ray_app.worker import Options, Solved
 from tests.stand_ins import MemoryLog
 
 NEVER_S = 1000.0
@@ -295,7 +296,7 @@ async def test_an_attempt_that_ignores_its_end_is_given_up_and_ends_on_another_w
     tasks = [Task("stubborn", "q", "a")]
     began = time.monotonic()
     tally = await engine.run(
-        engine.plan(tasks, 1, []), Stubborn(tmp_path), options, log=log, lease=held, watcher=shown,
+        planning.plan(tasks, 1, []), Stubborn(tmp_path), options, log=log, lease=held, watcher=shown,
         stop=asyncio.Event(),
     )  # fmt: skip
     assert time.monotonic() - began < 60
