@@ -57,7 +57,7 @@ TOOLS = (tool("enhance_reasoning"), tool("search"), tool("answer"))
 def turn_request(
     question: str, gathered: str = "", feedback: str = "", tools: Sequence[dict[str, Any]] = TOOLS
 ) -> dict[str, Any]:
-    told = PROMPTS.render("invalid_call", reason=feedback) if feedback else ""
+    told = PROMPTS.render("feedback", reason=feedback) if feedback else ""
     text = PROMPTS.render("orchestrator", question=question, context=gathered, feedback=told)
     system = PROMPTS.render("orchestrator_system").strip()
     return {**user(text, system), "tools": list(tools)}
