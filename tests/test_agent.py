@@ -185,6 +185,17 @@ async def test_a_task_that_broke_anywhere_goes_on_from_its_last_call() -> None:
         assert (resumed.replayed, len(resumed.calls)) == (kept, len(whole.calls))
 
 
+async def test_what_a_resume_serves_from_the_record_is_marked_and_not_counted_again() -> None:
+    whole = journal(TASK, MemoryLog())
+    await solver(ScriptedModel(by_context)).solve(TASK, whole)
+    log = MemoryLog()
+    # The first turn (orchestrator, query, retrieval) is recorded; the rest is live.
+    await solver(ScriptedModel(by_context)).solve(TASK, journal(TASK, log, tuple(whole.calls[:3])))
+    assert [event.is_replayed for event in log.of("turn")] == [True, False, False]
+    assert [event.is_replayed for event in log.of("tool_call")] == [True, False, False]
+    assert {event.is_replayed for event in log.of("model_call")} == {False}
+
+
 async def test_a_recorded_reply_to_another_request_is_not_used() -> None:
     whole = journal(TASK, MemoryLog())
     await solver(ScriptedModel(by_context)).solve(TASK, whole)

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from ray_app import engine, events, lease, planning
-from ray_app.errors import ContextOverflow, EndpointError, LimitReached
+from ray_app.errors import ContextOverflow, EndpointError, InfrastructureError, LimitReached
 from ray_app.event_writer import EventWriter
 from ray_app.journal import CODE, Journal
 from ray_app.planning import Plan, Tally, WorkItem
@@ -264,3 +264,10 @@ async def test_a_driver_that_lost_its_lease_commits_nothing_more(cluster: None, 
         )
     log.close()
     assert seen.results == [] and bench.results() == []
+
+
+@pytest.mark.cluster
+async def test_a_run_in_which_only_infrastructure_fails_stops_itself(cluster: None, bench: Bench) -> None:
+    with pytest.raises(InfrastructureError, match="4 tasks in a row failed, the last with: KeyError"):
+        await bench.run("bug", attempts=1, concurrency=1, give_up_after=4)
+    assert len(bench.results()) == 4 and len(bench.plan().items) == len(TASKS)
