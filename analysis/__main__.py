@@ -20,8 +20,9 @@ from analysis.status import page, status_of
 from analysis.summary import summarise
 from analysis.trace import trace
 from ray_app.errors import EvalError, UserError
+from ray_app.object_store import local
 
-Run = Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN")]
+Run = Annotated[str, typer.Argument(help="Run directory, or its s3:// url.", metavar="RUN")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder for the files; default RUN/analysis.")]
 
@@ -32,7 +33,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pret
 def summary(run: Run, as_json: AsJson = False) -> None:
     """Outcomes, accuracy with its interval, cost, tokens and time."""
     with _one_line_errors():
-        result = summarise(open_run(run))
+        result = summarise(open_run(local(run)))
         _print(tables.summary_page(result), asdict(result), as_json)
 
 
@@ -40,7 +41,7 @@ def summary(run: Run, as_json: AsJson = False) -> None:
 def timing(run: Run, as_json: AsJson = False) -> None:
     """Times and errors per tool, and the metrics of the histograms."""
     with _one_line_errors():
-        log = open_run(run)
+        log = open_run(local(run))
         rows, metrics = tool_table(log), describe_metrics(log)
         content = {
             "tools": [asdict(row) for row in rows],
@@ -53,7 +54,7 @@ def timing(run: Run, as_json: AsJson = False) -> None:
 def usage(run: Run, as_json: AsJson = False) -> None:
     """Calls, tokens and cost per tool and model."""
     with _one_line_errors():
-        rows = usage_table(open_run(run))
+        rows = usage_table(open_run(local(run)))
         _print(tables.usage_page(rows), [asdict(row) for row in rows], as_json)
 
 
@@ -65,7 +66,7 @@ def status(
 ) -> None:
     """Whether the run lives, hangs or has ended; exit code 1 where somebody should look."""
     with _one_line_errors():
-        result = status_of(run, stuck_after_s=stuck_after)
+        result = status_of(local(run), stuck_after_s=stuck_after)
         _print(page(result), asdict(result), as_json)
         raise typer.Exit(result.exit_code)
 
@@ -74,7 +75,7 @@ def status(
 def plots(run: Run, out: Out = None, as_json: AsJson = False) -> None:
     """Write stats.json and all pictures; open overview.png first."""
     with _one_line_errors():
-        output = analyse(run, out)
+        output = analyse(local(run), out)
         if as_json:
             print(
                 json.dumps({"stats": str(output.stats), "pictures": [str(path) for path in output.pictures]})
@@ -88,7 +89,7 @@ def show(run: Run, task: Annotated[str, typer.Argument(help="Task id.", metavar=
     """One task, turn by turn, with what every call gave."""
     with _one_line_errors():
         console = Console(soft_wrap=True)
-        for line in trace(run, task):
+        for line in trace(local(run), task):
             console.print(line)
 
 

@@ -36,8 +36,8 @@ from ray_app.chat import ChatRequest
 from ray_app.event_writer import EventWriter
 from ray_app.events import PARQUET
 from ray_app.journal import Journal
+from ray_app.options import Options
 from ray_app.records import ChatReply, Event, TaskResult, Verdict
-from ray_app.worker import Options
 
 WORKERS = 2
 REPLY_BYTES = 1000

@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-Op = Literal["<", "<=", ">", ">="]
+Op = Literal["<", "<=", "==", ">=", ">"]
 HOLDS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
-    ">": operator.gt,
+    "==": operator.eq,
     ">=": operator.ge,
+    ">": operator.gt,
 }
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import heapq
 import json
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.stub_model import MODEL, Behaviour, InProcessModel
 from ray_app.chat import ChatClient, ChatRequest, Router
@@ -25,6 +27,7 @@ class Load:
     """What a run is made of. `url` is that of the model's server; without one the model is in process.
 
     Calls that are not journalled go to the model directly: they are neither checkpointed nor logged.
+    `evidence` is a folder in which an in-process model notes its calls, beside the log and its writers.
     """
 
     tasks: int
@@ -33,6 +36,7 @@ class Load:
     behaviour: Behaviour
     url: str = ""
     is_journalled: bool = True
+    evidence: str = ""
 
     def latency_s(self, task: int, turn: int) -> float:
         return self.behaviour.latency_s(self.call_seed(task, turn))
@@ -69,6 +73,27 @@ def makespan_s(durations_s: Iterable[float], slots: int) -> float:
     return max(free)
 
 
+class WitnessedModel(InProcessModel):
+    """Notes what happens to each call in a file of this process, line by line: a death loses no line.
+
+    `sent` and `ended` are the model's; `acked` is noted where the journal has returned the reply.
+    """
+
+    def __init__(self, behaviour: Behaviour, folder: Path) -> None:
+        super().__init__(behaviour)
+        self._file = os.open(folder / str(os.getpid()), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def note(self, what: str, rollout_key: str, number: int) -> None:
+        os.write(self._file, f"{what} {rollout_key} {number} {time.time():.6f} {os.getpid()}\n".encode())
+
+    async def complete(self, request: ChatRequest) -> ChatReply:
+        number = request.sampling.seed or 0
+        self.note("sent", request.session, number)
+        reply = await super().complete(request)
+        self.note("ended", request.session, number)
+        return reply
+
+
 @dataclass(frozen=True)
 class MakeSolver:
     """The solver factory that travels to the workers."""
@@ -76,6 +101,8 @@ class MakeSolver:
     load: Load
 
     def __call__(self) -> StubSolver:
+        if self.load.evidence:
+            return StubSolver(self.load, WitnessedModel(self.load.behaviour, Path(self.load.evidence)))
         if not self.load.url:
             return StubSolver(self.load, InProcessModel(self.load.behaviour))
         model = ModelConfig.model_validate({"endpoints": (Endpoint(base_url=self.load.url),)})
@@ -90,14 +117,17 @@ class StubSolver:
     client: ChatClient
 
     async def solve(self, task: Task, journal: Journal) -> Solved:
-        """The prediction lists the seconds from the end of each in-process call to its return."""
+        """The prediction lists the seconds from the end of each in-process call to its return.
+
+        A call that the journal serves from its record has no end, and is not listed.
+        """
         said: tuple[Message, ...] = (Message("system", SYSTEM), Message("user", task.question))
         waits: list[float] = []
         for turn in range(self.load.turns):
             journal.turn = turn
             started = journal.timer()
             reply = await self._ask(journal, said, turn)
-            if isinstance(self.client, InProcessModel):
+            if isinstance(self.client, InProcessModel) and task.rollout_key in self.client.ended:
                 waits.append(round(time.monotonic() - self.client.ended.pop(task.rollout_key), 6))
             said += (Message("assistant", reply.content), Message("user", GO_ON))
             if self.load.is_journalled:
@@ -108,7 +138,10 @@ class StubSolver:
         seed = self.load.call_seed(int(journal.task.task_id), turn)
         sampling = Sampling.model_validate({"seed": seed})
         if self.load.is_journalled:
-            return await Caller(self.client, {}).ask(journal, "orchestrator", MODEL, said, sampling)
+            reply = await Caller(self.client, {}).ask(journal, "orchestrator", MODEL, said, sampling)
+            if isinstance(self.client, WitnessedModel):
+                self.client.note("acked", journal.task.rollout_key, seed)
+            return reply
         request = ChatRequest(MODEL, said, sampling, session=journal.task.rollout_key)
         return await self.client.complete(request)
 

@@ -15,6 +15,7 @@ import psutil
 import ray
 
 MIB = float(1 << 20)
+HOLDING = ("driver", "workers", "checkpoint actor")
 _ENDED = (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied)
 
 
@@ -51,6 +52,8 @@ def _kind(process: psutil.Process) -> str:
     command = (process.cmdline() or [""])[0].rpartition("/")[2]
     if command.startswith("ray::Worker"):  # the engine's actor; Ray names its agents in the same manner
         return "workers"
+    if command.startswith("ray::Checkpoint"):
+        return "checkpoint actor"
     return {"raylet": "raylet", "gcs_server": "GCS"}.get(command, "other")
 
 
@@ -63,8 +66,8 @@ def cpu_s(before: Snapshot, after: Snapshot) -> Counter[str]:
 
 
 def held_bytes(now: Snapshot) -> int:
-    """Resident bytes of the driver and the workers, and what lies in the object store."""
-    resident = sum(process.rss for process in now.values() if process.kind in ("driver", "workers"))
+    """Resident bytes of driver, workers and checkpoint actor, and what lies in the object store."""
+    resident = sum(process.rss for process in now.values() if process.kind in HOLDING)
     name = "object_store_memory"
     stored = ray.cluster_resources().get(name, 0) - ray.available_resources().get(name, 0)
     return int(resident + max(0.0, stored))

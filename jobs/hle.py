@@ -27,7 +27,10 @@ from ray_app.hle import SolverInWorker, check_services, read_job
 
 def main(
     config: Annotated[Path, typer.Option(help="Run config (YAML).")] = ROOT / "configs" / "hle_sample.yaml",
-    run_dir: Annotated[Path | None, typer.Option(help="Where the run lives. Default: by config.")] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where the run lives: a folder, or s3://BUCKET/PREFIX. Default: by config."),
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the final figures here.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key: --set limits.max_rounds=10.")

@@ -23,12 +23,12 @@ from rich.console import Console
 
 from analysis.agreement import Agreement, Pair, agreement, agreement_page
 from analysis.text import usd
-from ray_app import driver, opinions, rejudge, rundir
+from ray_app import driver, object_store, opinions, rejudge, rundir
 from ray_app.errors import ConfigError, EvalError
 
 
 def main(
-    run_dir: Annotated[Path, typer.Argument(help="The directory of the run.")],
+    run_dir: Annotated[Path, typer.Argument(help="The directory of the run, or its s3:// url.")],
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="Override a key of the run's config: --set judge.model=X."),
@@ -52,6 +52,7 @@ def main(
     try:
         if json is not None and not json.absolute().parent.is_dir():
             raise ConfigError(f"--json {json}: no such folder; make it first")
+        run_dir = object_store.local(run_dir)
         asked = opinions.read_pass(run_dir, set_ or (), prompts=prompts, protocol=protocol, label=label)
         if plan:
             raise typer.Exit(_show_plan(asked, console))

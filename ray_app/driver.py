@@ -20,20 +20,33 @@ from typing import Any
 
 from rich.console import Console
 
-from ray_app import engine, event_writer, events, lease, planning, pulse, ray_cluster, rundir, services
+from ray_app import (
+    engine,
+    event_writer,
+    events,
+    lease,
+    object_store,
+    planning,
+    pulse,
+    ray_cluster,
+    rundir,
+    services,
+)
 from ray_app.adopt import Adoption
 from ray_app.config import RunConfig
 from ray_app.dataset import TaskSet
 from ray_app.errors import ConfigError, EvalError, StorageError, UserError
 from ray_app.event_writer import EventWriter
+from ray_app.options import Options
 from ray_app.progress import Display
 from ray_app.prompting import Prompts
 from ray_app.records import Event, EventKind, Task
 from ray_app.sandbox import NAMESPACES
 from ray_app.services import ServeConfig
-from ray_app.worker import Options, SolverFactory
+from ray_app.worker import SolverFactory
 
 PIPE_WIDTH = 120
+IDENTITY_FILES = ("identity.yaml", "config.yaml")
 # So many failures of infrastructure in a row say that something is down, whatever runs at once.
 MIN_FAILURES_IN_A_ROW = 20
 
@@ -164,6 +177,11 @@ def carry_out(job: Job, command: Command) -> int:
         raise ConfigError(f"--json {command.json_path}: no such folder; make it first")
     pulse.raise_file_limit(job.config.concurrency)
     with _owned(job) as held:
+        if not held.is_exclusive:
+            command.say(
+                f"{object_store.place(job.run_dir)}: this store has no conditional put, so two drivers that "
+                "start at the same moment may both run for a while; what they commit is still counted once"
+            )
         work = make_plan(job, retry_failed=command.retry_failed)
         if work.items:
             with signals_raise():
@@ -203,7 +221,9 @@ def _owned(job: Job) -> Iterator[lease.Lease]:
     except OSError as error:
         raise rundir.unusable(job.run_dir, error) from None
     try:
+        object_store.refresh(job.run_dir)  # what the last driver left before this one took the run
         rundir.open_run(job.run_dir, job.config, job.identity)
+        object_store.push(job.run_dir, IDENTITY_FILES)
         yield held
     except OSError as error:
         name = error.filename or job.run_dir
@@ -226,6 +246,7 @@ def _options(job: Job, held: lease.Lease, items: int) -> Options:
         give_up_after=max(MIN_FAILURES_IN_A_ROW, config.concurrency),
         canary=job.data.canary,
         attempt_deadline_s=_attempt_deadline_s(config.limits.wall_s),
+        url=object_store.place(job.run_dir) if object_store.store_of(job.run_dir) else "",
     )
 
 
@@ -245,8 +266,8 @@ def _run(job: Job, work: planning.Plan, command: Command, held: lease.Lease) -> 
     if needed:
         asyncio.run(services.wait_for_proxy(job.serve_config.proxy(head)))
     rundir.confirm(job.run_dir, asyncio.run(command.check(job, urls)))
+    object_store.push(job.run_dir, IDENTITY_FILES)
     make_solver = command.solver_for(urls)
-    work = planning.with_recorded_calls(work, job.run_dir)
     options = _options(job, held, len(work.items))
     log = options.writer("driver")
     try:
@@ -276,6 +297,7 @@ async def _drive(
         | {"dataset_sha256": job.data.sha256, "config_digest": job.config.digest}
     )
     rundir.write_json(job.run_dir / "provenance.json", record | rundir.provenance())
+    object_store.push(job.run_dir, ["provenance.json"])
     log.append(_mark("run_start", options, json.dumps(job.facts())))
     display = Display(work.kept, marker=job.config.benchmark.upper(), console=command.console)
     for task_id in _skipped(job, work):
@@ -344,8 +366,9 @@ def finish(job: Job, ending: Ending, command: Command) -> None:
     calls, total = figures["model_calls"], figures["model_calls_total"]
     command.say(f"Model calls: {calls} by this command, {total} by the run so far")
     command.say(f"Pictures: {output.overview} and {len(output.pictures) - 1} more beside it")
-    command.say(f"Run directory: {job.run_dir}")
+    command.say(f"Run directory: {object_store.place(job.run_dir)}")
     rundir.write_json(job.run_dir / "summary.json", figures)
+    object_store.push(job.run_dir, ["summary.json", "analysis", "logs"])
     if command.json_path is not None:
         rundir.write_json(command.json_path, figures)
 

@@ -1,4 +1,4 @@
-"""From a plan to committed results: the pool of workers, the bounded fan-out, the commits.
+"""From a plan to committed results: the bounded fan-out, the attempts at a task, the commits.
 
 Only a result row that the driver commits counts; everything a worker writes is evidence. At every
 moment `planned = ok + failed + limited + owed + pending`.
@@ -11,104 +11,26 @@ import json
 import random
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
-import ray
-from ray.exceptions import RayActorError, RayError, TaskCancelledError
-
-from ray_app import pulse
-from ray_app.errors import ConfigError, InfrastructureError
+from ray_app.checkpoint import CheckpointClient, connect
+from ray_app.errors import InfrastructureError, StorageError
 from ray_app.event_writer import EventWriter
 from ray_app.journal import EventSink
 from ray_app.lease import Lease
-from ray_app.planning import RUN_AGAIN, Key, Plan, Tally, WorkItem, recorded_calls
+from ray_app.options import Options
+from ray_app.planning import RUN_AGAIN, Plan, Tally, WorkItem
+from ray_app.pool import WorkerLost, WorkerPool
+from ray_app.recorded import Recorder
 from ray_app.records import Event, TaskResult
-from ray_app.worker import Options, Report, SolverFactory, Worker, is_retryable, unfinished, worker_name
+from ray_app.worker import SolverFactory, is_retryable, unfinished
 
 RETRY_PAUSE_S = 1.0
-CLOSE_TIMEOUT_S = 5.0
+STORAGE_RETRY_S = 0.25
 TICK_S = 1.0
-READY_TIMEOUT_S = 180.0
-# Logical cores: workers wait on the network, so many fit on a core.
-WORKER_CPUS = 0.05
-
-
-class WorkerPool:
-    """The worker actors; a dead one is replaced, and its tasks run again elsewhere."""
-
-    def __init__(self, make_solver: SolverFactory, options: Options) -> None:
-        self._make_solver, self._options = make_solver, options
-        self._made = 0
-        self._names: dict[Any, str] = {}
-        self._given_up_by: dict[Key, Any] = {}
-        self._busy: dict[Any, int] = {self._start(): 0 for _ in range(options.workers)}
-
-    def _start(self) -> Any:
-        self._made += 1
-        actor = ray.remote(Worker).options(
-            num_cpus=WORKER_CPUS, max_concurrency=10_000, scheduling_strategy="SPREAD"
-        )
-        worker = actor.remote(self._make_solver, self._options, self._made)
-        self._names[worker] = worker_name(self._made)
-        return worker
-
-    def _choose(self, key: Key) -> Any:
-        """The least busy worker, but for the one that this task may still hang in."""
-        others = [worker for worker in self._busy if worker is not self._given_up_by.get(key)]
-        return min(others or self._busy, key=lambda worker: self._busy[worker])
-
-    async def ready(self, lease_path: Path) -> None:
-        """Wait for the workers. Raises ConfigError where one cannot start or has another disk."""
-        try:
-            async with asyncio.timeout(READY_TIMEOUT_S):
-                seen = await asyncio.gather(*(worker.sees.remote(lease_path) for worker in self._busy))
-        except TimeoutError:
-            raise ConfigError(
-                f"workers: {len(self._busy)} actors of {WORKER_CPUS} CPUs did not start in "
-                f"{READY_TIMEOUT_S:g} s; free resources of the cluster (`ray status`) or lower `workers`"
-            ) from None
-        except RayError as error:
-            raise InfrastructureError(f"a worker cannot start: {_last_line(error)}") from None
-        if not all(seen):
-            raise ConfigError(
-                f"run directory {self._options.run_dir}: not there on every node; put TOOLORCH_HOME or "
-                "--run-dir on a folder that all nodes share"
-            )
-
-    async def solve(self, item: WorkItem) -> Report:
-        """The report of one attempt. Raises RayActorError when its worker died."""
-        worker = self._choose(item.key)
-        self._busy[worker] += 1
-        reference = worker.solve.remote(item)
-        try:
-            report: Report = await reference
-            if report.is_given_up:
-                self._given_up_by[item.key] = worker
-            return report
-        except asyncio.CancelledError:
-            ray.cancel(reference)
-            raise
-        except RayActorError:
-            if self._busy.pop(worker, None) is not None:
-                self._busy[self._start()] = 0
-                pulse.mark_lost(self._options.run_dir, self._names.pop(worker), self._options.epoch)
-            raise
-        finally:
-            if worker in self._busy:
-                self._busy[worker] -= 1
-
-    async def close(self) -> None:
-        """Let every worker flush and leave; one that does not within CLOSE_TIMEOUT_S is killed."""
-        closing = [asyncio.ensure_future(worker.close.remote()) for worker in self._busy]
-        if closing:
-            await asyncio.wait(closing, timeout=CLOSE_TIMEOUT_S)
-        for task in closing:
-            if task.done() and not task.cancelled():
-                task.exception()
-        for worker in self._busy:
-            ray.kill(worker)
+# A task that was there when so many workers died, and alone with the last, is not tried again.
+DEATHS = 3
 
 
 @dataclass
@@ -155,84 +77,138 @@ async def run(
     Setting `stop` ends it cleanly: what is in flight is cancelled and stays pending for the resume.
     Raises StorageError when another driver has taken the run or the log cannot be written.
     """
-    pool = WorkerPool(make_solver, options)
-    breaker = Breaker(options.give_up_after)
+    checkpoint = await connect(options)
+    pool = WorkerPool(make_solver, options, checkpoint)
+    attempts = Attempts(pool, Recorder(options.run_dir), options)
     tally = replace(work.kept, counts=dict(work.kept.counts))
+    commits = Commits(options, log, lease, checkpoint, watcher, tally)
     waiting = iter(work.items)
     active: set[asyncio.Task[TaskResult]] = set()
     stopped = asyncio.ensure_future(stop.wait())
     try:
-        await pool.ready(lease.path)
+        await pool.ready()
         while not stop.is_set():
-            while len(active) < options.concurrency and (item := next(waiting, None)) is not None:
+            # What is not counted yet holds its place, or storage that is slow would fill the memory.
+            while (
+                len(active) + commits.uncounted < options.concurrency
+                and (item := next(waiting, None)) is not None
+            ):
                 watcher.started(item)
-                active.add(asyncio.create_task(_attempts(item, pool, options)))
-            if not active:
+                active.add(asyncio.create_task(attempts.run(item)))
+            if not active and not commits.uncounted:
                 break
+            busy = commits.under_way()
             done, _ = await asyncio.wait(
-                active | {stopped}, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED
+                active | busy | {stopped}, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED
             )
             watcher.tick()
             lease.check()  # a driver that was replaced must stop spending, not only stop committing
-            ended = {task for task in active if task in done}
+            ended = active & done
             active -= ended
-            finished = [task.result() for task in ended]
-            if finished:
-                await _commit(finished, tally, options, log=log, lease=lease, watcher=watcher)
-                breaker.follow(finished)
+            commits.add([task.result() for task in ended])
+        await commits.settled()
     finally:
         stopped.cancel()
         for task in active:
             task.cancel()
         await asyncio.gather(*active, return_exceptions=True)
         await pool.close()
+        await checkpoint.close()
     return tally
 
 
-async def _attempts(item: WorkItem, pool: WorkerPool, options: Options) -> TaskResult:
-    """The result of the first attempt that infrastructure does not break, or of the last one."""
-    last = item.attempt + options.attempts - 1
-    while True:
-        try:
-            report = await pool.solve(item)
-        except (RayError, TaskCancelledError) as error:
-            # The worker's death loses its memory, not its log: what it flushed is not asked again.
-            recorded = await asyncio.to_thread(recorded_calls, options.run_dir, {item.key})
-            report = Report(_lost(item, error), recorded.get(item.key, ()))
-        if not is_retryable(report.result) or item.attempt >= last:
-            return report.result
-        pause_s = RETRY_PAUSE_S * 2 ** (item.attempt % options.attempts) * random.uniform(0.5, 1.5)
-        await asyncio.sleep(pause_s)
-        item = replace(item, attempt=item.attempt + 1, recorded=report.calls)
+@dataclass(frozen=True)
+class Attempts:
+    """One task after the other attempt, until infrastructure breaks none or too many."""
+
+    pool: WorkerPool
+    recorder: Recorder
+    options: Options
+
+    async def run(self, item: WorkItem) -> TaskResult:
+        """The result of the first attempt that infrastructure does not break, or of the last one."""
+        failures = deaths = 0
+        record = self.recorder.before
+        while True:
+            item = replace(item, record=await record(item.key))
+            try:
+                report = await self.pool.solve(item, deaths)
+            except WorkerLost as lost:
+                deaths += lost.is_suspect
+                if lost.was_alone and deaths >= DEATHS:
+                    return _isolated(item, deaths, lost)
+            else:
+                failures += 1
+                if not is_retryable(report.result) or failures >= self.options.attempts:
+                    return report.result
+                await asyncio.sleep(RETRY_PAUSE_S * 2**failures * random.uniform(0.25, 0.75))
+            item, record = replace(item, attempt=item.attempt + 1), self.recorder.now
 
 
-def _lost(item: WorkItem, error: Exception) -> TaskResult:
-    return replace(unfinished(item), error_kind="infrastructure", error=f"worker lost: {_last_line(error)}")
+def _isolated(item: WorkItem, deaths: int, lost: WorkerLost) -> TaskResult:
+    error = f"isolated: {deaths} workers died with this task, the last while it ran alone ({lost})"
+    return replace(unfinished(item), error_kind="infrastructure", error=error)
 
 
-def _last_line(error: Exception) -> str:
-    """The end of Ray's message, where the cause stands."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[-500:]
+@dataclass
+class Commits:
+    """The results on their way to the log: written durably in groups, then counted, each once."""
 
+    options: Options
+    log: EventWriter
+    lease: Lease
+    checkpoint: CheckpointClient
+    watcher: Watcher
+    tally: Tally
+    uncounted: int = 0
+    _waiting: list[TaskResult] = field(default_factory=list)
+    _writing: asyncio.Task[None] | None = None
 
-async def _commit(
-    results: Sequence[TaskResult],
-    tally: Tally,
-    options: Options,
-    *,
-    log: EventWriter,
-    lease: Lease,
-    watcher: Watcher,
-) -> None:
-    """Write the result rows, durably, then count them; refused once another driver has the run."""
-    lease.check()
-    for result in results:
-        log.append(result_event(result, options, log))
-    await asyncio.to_thread(log.flush)
-    for result in results:
-        tally.counts[result.outcome] += 1
-        watcher.committed(result, tally)
+    def __post_init__(self) -> None:
+        self._breaker = Breaker(self.options.give_up_after)
+
+    def add(self, results: Sequence[TaskResult]) -> None:
+        self._waiting += results
+        self.uncounted += len(results)
+
+    def under_way(self) -> set[asyncio.Task[Any]]:
+        """The group that is being written, for those who wait. Raises what broke the last one."""
+        if self._writing is not None and self._writing.done():
+            writing, self._writing = self._writing, None
+            writing.result()
+        if self._writing is None and self._waiting:
+            group, self._waiting = self._waiting, []
+            self._writing = asyncio.create_task(self._commit(group))
+        return set() if self._writing is None else {self._writing}
+
+    async def settled(self) -> None:
+        """Returns when all that was added is counted, however the run was stopped."""
+        while under_way := self.under_way():
+            await asyncio.wait(under_way)
+
+    async def _commit(self, group: Sequence[TaskResult]) -> None:
+        """Refused once another driver has the run, or once a task has a newer attempt."""
+        self.lease.check()
+        refused = await self.checkpoint.finish({(r.rollout_key, r.trial): r.attempt for r in group})
+        accepted = [r for r in group if (r.rollout_key, r.trial) not in refused]
+        for result in accepted:
+            self.log.append(result_event(result, self.options, self.log))
+        await self._stored()
+        for result in accepted:
+            self.tally.counts[result.outcome] += 1
+            self.watcher.committed(result, self.tally)
+        self.uncounted -= len(group)
+        self._breaker.follow(accepted)
+
+    async def _stored(self) -> None:
+        """Storage that fails for a while is waited for: what was paid for is not thrown away."""
+        while True:
+            try:
+                return await asyncio.to_thread(self.log.flush)
+            except StorageError:
+                if self.log.failing_s > self.options.storage_patience_s:
+                    raise
+                await asyncio.sleep(STORAGE_RETRY_S)
 
 
 def result_event(result: TaskResult, options: Options, sink: EventSink) -> Event:

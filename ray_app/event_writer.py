@@ -1,79 +1,55 @@
-"""The event log of a run, write side: the writer of one process, recovery and compaction.
+"""The event log of a run, write side: the writer of one process.
 
 A writer appends to an Arrow IPC stream per table, `<writer_id>-<part>.arrows`, and from time to time
-publishes the stream as Parquet and opens the next part. A file is finished under a temporary name,
-synced, renamed, and only then is what it replaces deleted; a crash in between leaves doubles, which
-the reader drops. Nothing is ever appended to a stream that another process, or a failed write, left.
+publishes the stream as Parquet (`parquet_file.py`) and opens the next part. Nothing is ever appended to a
+stream that another process, or a failed write, left.
 
-Flushed rows survive the death of the process; the timed flush also syncs them, so that a machine that
-dies takes the rows of the last `flush_s` at most. Not covered: two live writers with one id, and a
-writer that is alive while `recover` or `compact` runs (the caller's promise).
+Flushed rows survive the death of the process; the timed sync makes them durable, so that a machine that
+dies takes the rows of the last `flush_s` at most. Storage that fails never reaches those who append:
+rows wait in memory, `failing_s` tells for how long. Not covered: two live writers with one id.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from operator import attrgetter
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from ray_app.compaction import COMPACTED, compact, recover
 from ray_app.errors import StorageError
-from ray_app.events import (
-    EVENT_SCHEMA,
-    PARQUET,
-    PAYLOAD_SCHEMA,
-    SCHEMA_VERSION,
-    STREAM,
-    TableFiles,
-    event_files,
-    file_schema,
-    log_files,
-    payload_files,
-    relaxed,
-    snapshot,
-    stream_batches,
-)
+from ray_app.event_rows import FIELDS, Body, Row, check, event_batch, fields_of, payload_batch
+from ray_app.events import event_files, payload_files
+from ray_app.parquet_file import publish, sync_path
 from ray_app.records import Event
+from ray_app.stream_file import StreamFile, sync_all, unsynced
+from ray_app.table_files import TableFiles, log_files
+
+__all__ = ["Body", "EventWriter", "Row", "Tap", "compact", "recover"]  # the last two: where they were
 
 _log = logging.getLogger(__name__)
 
-_COMPACTED = "compacted"
-_TEMPORARY = ".tmp"
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_GROUP_ROWS, _GROUP_BYTES = 65_536, 32 << 20  # one Parquet row group: what compaction holds in memory
-_MAX_TIME_S = 253_402_300_799  # the end of the year 9999, the last that Python's datetime can show
-_PYTHON = {pa.string(): (str,), pa.int64(): (int,), pa.float64(): (float, int), pa.bool_(): (bool,)}
-
-_FIELDS = EVENT_SCHEMA.names[2:]
-_ROW = attrgetter(*_FIELDS)
-_ALLOWED = tuple(
-    frozenset((*_PYTHON.get(field.type, (float, int)), *([NoneType] if field.nullable else [])))
-    for field in list(EVENT_SCHEMA)[2:]
-)
-_TIME = _FIELDS.index("t_start")
+_STORED_GENERATION = 32_768  # hashes; two generations are held, some 8 MB of memory
 
 
-@dataclass(frozen=True, slots=True)
-class RecoveryReport:
-    """What `recover` found: streams made Parquet, their rows, and the torn tails that were dropped."""
+class Tap(Protocol):
+    """Is shown what a writer takes, in order, each body before the rows that name it.
 
-    streams: int = 0
-    events: int = 0
-    payloads: int = 0
-    torn_streams: int = 0
-    torn_bytes: int = 0
+    Called under the writer's lock: must neither raise nor wait.
+    """
+
+    def row(self, row: Row) -> None: ...
+
+    def body(self, body: Body) -> None: ...
 
 
 class EventWriter:
@@ -82,9 +58,10 @@ class EventWriter:
     `writer_id` must be a safe file name that no other process start of this run has used: ids of events
     are built from it. `metadata` (a benchmark's canary, say) is stored with the schema of every file.
 
-    While writing fails (a full disk), `append`, `payload` and `flush` raise StorageError; rows taken
-    before stay in memory and the timed flush tries again. A Parquet file that cannot be published is
-    logged and tried again; its stream stays readable, and `close` raises if it still fails.
+    `append`, `payload` and `adopt` neither wait for storage nor fail for it: while writing fails (a full
+    disk), rows stay in memory, `failing_s` and `failure` tell of it, and every timed sync tries again.
+    `flush`, `sync` and `close` raise StorageError. A Parquet file that cannot be published is logged and
+    tried again; its stream stays readable, and `close` raises if it still fails.
     """
 
     def __init__(
@@ -97,228 +74,275 @@ class EventWriter:
         publish_s: float = 60.0,
         publish_bytes: int = 64 << 20,
         metadata: Mapping[str, str] | None = None,
+        tap: Tap | None = None,
     ) -> None:
         self._id = writer_id
         self._flush_rows, self._flush_s = flush_rows, flush_s
         self._publish_s, self._publish_bytes = publish_s, publish_bytes
+        self._tap = tap
         tables = payload_files(run_dir), event_files(run_dir)
         _check_writer_id(writer_id, tables)
         self._payload_stream, self._event_stream = (
-            _Stream(table.folder, writer_id, table.schema.with_metadata(metadata)) for table in tables
+            StreamFile(table.folder, writer_id, table.schema.with_metadata(metadata)) for table in tables
         )
         pa.array([""])  # pyarrow imports pandas at its first conversion (0.4 s): now, not in an event loop
-        self._rows: list[tuple[Any, ...]] = []
-        self._bodies: list[tuple[str, str, str]] = []
-        self._stored: set[str] = set()
-        self._count = 0
-        self._failure = ""
+        self._waiting = _Taken()
+        self._written = _Taken()  # and not yet durable: storage may still lose it
+        self._stored = _Recent(_STORED_GENERATION)
+        self._count = self._taken = self._synced = 0
+        self._failure = self._publish_failure = ""
+        self._failing_since = 0.0
         self._is_closed = False
-        self._lock = threading.RLock()
+        # Taken in this order. Who appends takes the last one only, and storage never works under it.
+        self._syncing, self._writing, self._lock = threading.Lock(), threading.Lock(), threading.RLock()
         self._publishing = threading.Lock()
-        self._stop = threading.Event()
+        self._is_stopped = False
+        self._wake = threading.Event()
         self._thread = threading.Thread(target=self._tend, name=f"events-{writer_id}", daemon=True)
         self._thread.start()
 
+    @property
+    def taken(self) -> int:
+        """How many rows were taken so far."""
+        return self._taken
+
+    @property
+    def synced(self) -> int:
+        """So many of the rows taken, in their order, survive this process and its machine."""
+        return self._synced
+
+    @property
+    def failing_s(self) -> float:
+        """Seconds since storage began to fail; 0.0 while it works."""
+        return time.monotonic() - self._failing_since if self._failure else 0.0
+
+    @property
+    def failure(self) -> str:
+        """What storage fails with, in one line; empty while it works."""
+        return self._failure
+
     def append(self, event: Event) -> str:
-        """Takes `event` and returns its id; an error (StorageError, TypeError) means it is not taken."""
-        row = _row(event)
+        """Takes `event` and returns its id; TypeError or ValueError means that it is not taken."""
+        row: Row = fields_of(event)
+        check(row)
         with self._lock:
             self._check_open()
             event_id = f"{self._id}-{self._count}"
             self._count += 1
-            self._rows.append((event_id, *row))
-            if len(self._rows) >= self._flush_rows:
-                with suppress(StorageError):  # this row is taken: the next call raises what is remembered
-                    self._write()
+            self._take_row((event_id, *row))
         return event_id
 
     def payload(self, body: str, media: Literal["json", "text"] = "json") -> str:
-        """Stores `body` once per writer; returns the SHA-256 of its UTF-8 (32 hex digits).
+        """Stores `body`, seldom twice per writer; returns the SHA-256 of its UTF-8 (32 hex digits).
 
         A lone surrogate is stored as its JSON escape, since UTF-8 has no form for it.
         """
-        data = body.encode("utf-8", "backslashreplace")
+        try:
+            data = body.encode()
+        except UnicodeEncodeError:
+            data = body.encode("utf-8", "backslashreplace")
+            body = data.decode()
         key = hashlib.sha256(data).hexdigest()[:32]
         with self._lock:
             self._check_open()
-            if key not in self._stored:
-                self._bodies.append((key, media, data.decode()))
-                self._stored.add(key)
+            if self._stored.add(key):
+                self._take_body((key, media, body))
         return key
+
+    def adopt(self, rows: Sequence[Row], bodies: Iterable[Body] = ()) -> None:
+        """Takes rows and bodies as another writer's tap was given them; they are treated like own ones.
+
+        Raises TypeError or ValueError where a row fits no column; then nothing is taken.
+        """
+        for event_id, *fields in rows:
+            if type(event_id) is not str or len(fields) != FIELDS:
+                raise ValueError(f"row {event_id!r} has {len(fields)} fields: expected {FIELDS} after an id")
+            check(tuple(fields))
+        with self._lock:
+            self._check_open()
+            for body in bodies:
+                if self._stored.add(body[0]):
+                    self._take_body(body)
+            for row in rows:
+                self._take_row(row)
 
     def flush(self) -> None:
         """Hands everything taken so far to the operating system; raises StorageError where it cannot."""
-        with self._lock:
+        if self._failure:
+            self.sync()  # only a sync can tell that storage works again
+        else:
             self._write()
 
+    def sync(self) -> None:
+        """Makes everything taken so far durable; raises StorageError where it cannot."""
+        with self._syncing:
+            try:
+                self._write()
+            finally:  # what was written before goes its way
+                self._sync_written()
+            if self._failure:
+                _log.warning("event log %s: storage works again", self._id)
+                self._failure = ""
+
     def close(self) -> None:
-        """Flushes, publishes as Parquet and deletes the streams; after an error it may be called again."""
-        self._stop.set()
+        """Syncs, publishes as Parquet and deletes the streams; after an error it may be called again."""
+        self._is_stopped = True
+        self._wake.set()
         self._thread.join()
+        self.sync()
         with self._lock:
-            self._write()
             self._is_closed = True
-            for stream in self._streams():
-                stream.retire()
+        self.sync()  # what was taken meanwhile
+        self._retire()
         self._publish()
 
     def _check_open(self) -> None:
         if self._is_closed:
             raise ValueError(f"event writer {self._id} is closed: nothing can be added")
-        if self._failure:
-            raise StorageError(self._failure)
 
-    def _streams(self) -> tuple[_Stream, _Stream]:
+    def _take_row(self, row: Row) -> None:
+        self._waiting.rows.append(row)
+        self._taken += 1
+        if self._tap is not None:
+            self._tap.row(row)
+        if len(self._waiting.rows) == self._flush_rows:
+            self._wake.set()
+
+    def _take_body(self, body: Body) -> None:
+        self._waiting.bodies.append(body)
+        if self._tap is not None:
+            self._tap.body(body)
+
+    def _streams(self) -> tuple[StreamFile, StreamFile]:
         return self._payload_stream, self._event_stream
 
     def _write(self) -> None:
         """Writes what waits, payloads first: no reader may see an event before the payload it names."""
-        try:
-            if self._bodies:
-                self._payload_stream.write(_payload_batch(self._bodies))
-                self._bodies.clear()
-            if self._rows:
-                self._event_stream.write(_event_batch(self._rows))
-                self._rows.clear()
-        except StorageError as error:
-            self._failure = f"{error}; {len(self._rows)} events wait in memory, free space to go on"
-            raise StorageError(self._failure) from error
-        self._failure = ""
+        with self._writing:
+            with self._lock:
+                batch, self._waiting = self._waiting, _Taken()
+            try:
+                if batch.bodies:
+                    self._payload_stream.write(payload_batch(batch.bodies))
+                    self._written.bodies += batch.bodies
+                    batch.bodies = []
+                if batch.rows:
+                    self._event_stream.write(event_batch(batch.rows))
+                    self._written.rows += batch.rows
+                    batch.rows = []
+            except (StorageError, pa.ArrowException, MemoryError) as error:
+                raise self._failed(str(error)) from error
+            finally:
+                self._put_back(batch)
+
+    def _sync_written(self) -> None:
+        """Syncs what is written. A file that cannot be synced may have lost it: it is written again."""
+        with self._writing:
+            batch, self._written = self._written, _Taken()
+            with self._lock:
+                mark = self._taken - len(self._waiting.rows)
+            descriptors, error = unsynced(self._streams())
+        # Outside the locks: a slow disk must hold up neither those who append nor those who flush.
+        error = sync_all(descriptors) or error
+        if error is None:
+            self._synced = max(self._synced, mark)
+            return
+        with self._writing:
+            for stream in self._streams():
+                stream.retire()
+                stream.forget_unsynced()
+            self._put_back(self._written)
+            self._put_back(batch)
+            self._written = _Taken()
+        raise self._failed(f"cannot sync the event log: {error.strerror}") from error
+
+    def _put_back(self, batch: _Taken) -> None:
+        with self._lock:
+            self._waiting.rows[:0] = batch.rows
+            self._waiting.bodies[:0] = batch.bodies
+
+    def _failed(self, message: str) -> StorageError:
+        """Remembers a failure, and logs it where it is the first."""
+        waiting = len(self._waiting.rows)
+        if not self._failure:
+            self._failing_since = time.monotonic()
+            _log.warning("event log %s: %s; trying again", self._id, message)
+        self._failure = f"{message}; {waiting} events wait in memory, free space to go on"
+        return StorageError(self._failure)
 
     def _tend(self) -> None:
-        while not self._stop.wait(self._flush_s):
-            with suppress(StorageError):  # remembered: the next call raises it
-                self._sync()
-            try:
-                self._publish()
-            except StorageError as error:
-                _log.warning("%s; trying again", error)
+        due = time.monotonic() + self._flush_s
+        while not self._is_stopped:
+            self._wake.wait(max(0.0, due - time.monotonic()))
+            self._wake.clear()
+            is_due = time.monotonic() >= due
+            with suppress(StorageError):  # remembered, and tried again
+                if is_due:
+                    self.sync()
+                elif not self._failure:
+                    self._write()
+            if is_due:
+                self._retire(self._publish_s, self._publish_bytes)
+                self._publish_quietly()
+                due = time.monotonic() + self._flush_s
 
-    def _sync(self) -> None:
-        with self._lock:
-            self._write()
+    def _retire(self, age_s: float = 0.0, size: int = 0) -> None:
+        with self._writing:
             for stream in self._streams():
-                if stream.is_due(self._publish_s, self._publish_bytes):
+                if stream.is_due(age_s, size):
                     stream.retire()
-            handles = [fd for stream in self._streams() for fd in stream.unsynced()]
-        # Outside the lock: a slow disk must not hold up those who append.
-        for fd in handles:
-            try:
-                os.fsync(fd)
-            except OSError as error:
-                self._failure = f"cannot sync the event log: {error.strerror}"
-            finally:
-                os.close(fd)
 
     def _publish(self) -> None:
         with self._publishing:
             for stream in self._streams():
                 while stream.finished:
-                    _publish_stream(stream.finished[0])
+                    publish(stream.finished[0])
                     stream.finished.pop(0)
 
-
-def recover(run_dir: Path) -> RecoveryReport:
-    """Makes Parquet of every stream that dead writers left, keeping each complete batch.
-
-    Raises StorageError; safe to run again. No writer of the run may be alive.
-    """
-    streams = events = payloads = torn_streams = torn_bytes = 0
-    for table in (payload_files(run_dir), event_files(run_dir)):
-        for path in [path for path in log_files(table.folder) if path.suffix == STREAM]:
-            rows, torn = _publish_stream(path)
-            streams += 1
-            torn_streams, torn_bytes = torn_streams + bool(torn), torn_bytes + torn
-            events += rows if table.schema is EVENT_SCHEMA else 0
-            payloads += rows if table.schema is PAYLOAD_SCHEMA else 0
-        _delete(table.folder.glob(f"*{_TEMPORARY}"))
-    return RecoveryReport(streams, events, payloads, torn_streams, torn_bytes)
-
-
-def compact(run_dir: Path) -> None:
-    """Merges all files of each table into one Parquet file without doubles; safe to run again.
-
-    Readers may be at work, writers may not. Raises StorageError.
-    """
-    for table in (payload_files(run_dir), event_files(run_dir)):
-        inputs = log_files(table.folder)
-        merged = [int(path.stem.rpartition("-")[2]) for path in inputs if path.name.startswith(_COMPACTED)]
-        if len(inputs) > len(merged) or len(merged) > 1:
-            target = table.folder / f"{_COMPACTED}-{max(merged, default=-1) + 1}{PARQUET}"
-            schema = _union(table.schema, inputs)
-            _write_parquet(target, schema, snapshot(table, schema))
-            _delete(inputs)
-
-
-class _Stream:
-    """The files of one table that one writer appends to, one part after the other.
-
-    `finished` lists parts that will never be appended to, oldest first. Not thread-safe.
-    """
-
-    def __init__(self, folder: Path, writer_id: str, schema: pa.Schema) -> None:
-        self._folder, self._writer_id = folder, writer_id
-        self._header = schema.serialize().to_pybytes()
-        self._part = 0
-        self._path = folder
-        self._fd: int | None = None
-        self._size = 0
-        self._synced = 0
-        self._opened = 0.0
-        self.finished: list[Path] = []
-
-    def write(self, batch: pa.RecordBatch) -> None:
-        """Appends a batch whole, or raises StorageError and leaves no trace of it."""
+    def _publish_quietly(self) -> None:
+        """Publishes what is finished; logs only the first failure of several, and their end."""
+        failure = ""
         try:
-            fd = self._open() if self._fd is None else self._fd
-            data = batch.serialize().to_pybytes()
-            self._size += _write_all(fd, data if self._size else self._header + data)
-        except BaseException as error:
-            # A torn batch hides what follows it, so nothing may be appended to this part again.
-            self.retire()
-            if isinstance(error, OSError):
-                raise StorageError(f"cannot write {self._path}: {error.strerror}") from error
-            raise
+            self._publish()
+        except StorageError as error:
+            failure = str(error)
+        if bool(failure) != bool(self._publish_failure):
+            _log.warning("event log %s: %s", self._id, f"{failure}; trying again" if failure else "published")
+        self._publish_failure = failure
 
-    def is_due(self, age_s: float, size: int) -> bool:
-        """Whether the part is old or large enough to publish."""
-        return self._fd is not None and (self._size >= size or time.monotonic() - self._opened >= age_s)
 
-    def retire(self) -> None:
-        """Ends the current part, cut back to its last complete batch."""
-        if self._fd is None:
-            return
-        with suppress(OSError):
-            os.ftruncate(self._fd, self._size)
-        os.close(self._fd)
-        self._fd = None
-        if self._size:
-            self.finished.append(self._path)
-        else:
-            _delete([self._path])
+@dataclass
+class _Taken:
+    """Rows and bodies on their way to storage."""
 
-    def unsynced(self) -> list[int]:
-        """Descriptors to sync and close for what was written since the last call: file and folder."""
-        if self._fd is None or self._synced == self._size:
-            return []
-        self._synced = self._size
-        return [os.dup(self._fd), os.open(self._folder, os.O_RDONLY)]
+    rows: list[Row] = field(default_factory=list)
+    bodies: list[Body] = field(default_factory=list)
 
-    def _open(self) -> int:
-        self._path = self._folder / f"{self._writer_id}-{self._part:06d}{STREAM}"
-        self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        self._part += 1
-        self._size = self._synced = 0
-        self._opened = time.monotonic()
-        return self._fd
+
+class _Recent:
+    """A set of the newest keys: at least `generation` of them, at most two times as many."""
+
+    def __init__(self, generation: int) -> None:
+        self._generation = generation
+        self._new, self._old = set[str](), set[str]()
+
+    def add(self, key: str) -> bool:
+        """Whether `key` was not held; it is the newest now."""
+        if key in self._new:
+            return False
+        if len(self._new) >= self._generation:
+            self._new, self._old = set(), self._new
+        self._new.add(key)
+        return key not in self._old
 
 
 def _check_writer_id(writer_id: str, tables: Iterable[TableFiles]) -> None:
-    if not _SAFE_ID.fullmatch(writer_id) or writer_id.startswith(_COMPACTED):
+    if not _SAFE_ID.fullmatch(writer_id) or writer_id.startswith(COMPACTED):
         raise ValueError(f"writer id {writer_id!r} is no safe file name: expected {_SAFE_ID.pattern}")
     for table in tables:
         try:
             table.folder.mkdir(parents=True, exist_ok=True)
+            sync_path(table.folder.parent)
         except OSError as error:
             raise StorageError(f"cannot create {table.folder}: {error.strerror}") from error
         for path in log_files(table.folder):
@@ -326,112 +350,3 @@ def _check_writer_id(writer_id: str, tables: Iterable[TableFiles]) -> None:
                 raise ValueError(
                     f"writer id {writer_id!r} was used before ({path}): ids of events would repeat"
                 )
-
-
-def _row(event: Event) -> tuple[Any, ...]:
-    """The fields of `event`, each known to fit its column: one bad row would block every later flush."""
-    row: tuple[Any, ...] = _ROW(event)
-    for name, value, allowed in zip(_FIELDS, row, _ALLOWED, strict=True):
-        if type(value) not in allowed:
-            expected = " or ".join(sorted(kind.__name__ for kind in allowed))
-            raise TypeError(f"Event.{name} is {value!r} ({type(value).__name__}): expected {expected}")
-        if type(value) is int and not -(2**63) <= value < 2**63:
-            raise ValueError(f"Event.{name} is {value}: expected 64 bits at most")
-    if not 0 <= row[_TIME] <= _MAX_TIME_S:
-        raise ValueError(f"Event.t_start is {row[_TIME]!r}: expected Unix seconds")
-    return row
-
-
-def _event_batch(rows: list[tuple[Any, ...]]) -> pa.RecordBatch:
-    event_ids, *columns = zip(*rows, strict=True)
-    columns[_TIME] = [round(value * 1_000_000) for value in columns[_TIME]]
-    version = pa.repeat(pa.scalar(SCHEMA_VERSION, pa.int16()), len(rows))
-    arrays = [
-        _array(values, field.type) for values, field in zip(columns, list(EVENT_SCHEMA)[2:], strict=True)
-    ]
-    return pa.RecordBatch.from_arrays([version, pa.array(event_ids), *arrays], schema=EVENT_SCHEMA)
-
-
-def _payload_batch(bodies: list[tuple[str, str, str]]) -> pa.RecordBatch:
-    columns = zip(*bodies, strict=True)
-    arrays = [pa.array(values, kind) for values, kind in zip(columns, PAYLOAD_SCHEMA.types, strict=True)]
-    return pa.RecordBatch.from_arrays(arrays, schema=PAYLOAD_SCHEMA)
-
-
-def _array(values: Iterable[Any], kind: pa.DataType) -> pa.Array:
-    try:
-        return pa.array(values, kind)
-    except UnicodeEncodeError:  # a lone surrogate, as a model may send one
-        return pa.array(
-            [None if v is None else v.encode("utf-8", "backslashreplace").decode() for v in values]
-        )
-
-
-def _publish_stream(path: Path) -> tuple[int, int]:
-    """Turns a finished stream into Parquet and deletes it; returns its rows and the torn bytes."""
-    target = path.with_suffix(PARQUET)
-    try:
-        items = list(stream_batches(path))
-        torn = path.stat().st_size - (items[-1].end if items else 0)
-        # A target that is there was made of this very stream: only the deletion is outstanding.
-        if items and not target.exists():
-            _write_parquet(target, relaxed(items[0].batch.schema), (item.batch for item in items))
-        _delete([path])
-    except OSError as error:
-        raise StorageError(f"cannot publish {path}: {error.strerror}") from error
-    return sum(len(item.batch) for item in items), torn
-
-
-def _write_parquet(target: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
-    temporary = target.with_name(target.name + _TEMPORARY)
-    try:
-        with pq.ParquetWriter(temporary, schema, compression="zstd") as sink:
-            for group in _groups(batches):
-                sink.write_table(pa.Table.from_batches(group).cast(schema))
-        _sync_path(temporary)
-        temporary.rename(target)
-        _sync_path(target.parent)
-    except OSError as error:
-        _delete([temporary])
-        raise StorageError(f"cannot write {target}: {error}") from error
-
-
-def _groups(batches: Iterable[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
-    """Batches gathered to row groups: a file of one group per flush would scan many times slower."""
-    group: list[pa.RecordBatch] = []
-    rows = size = 0
-    for batch in batches:
-        group.append(batch)
-        rows, size = rows + len(batch), size + batch.nbytes
-        if rows >= _GROUP_ROWS or size >= _GROUP_BYTES:
-            yield group
-            group, rows, size = [], 0, 0
-    if group:
-        yield group
-
-
-def _union(schema: pa.Schema, inputs: Iterable[Path]) -> pa.Schema:
-    """`schema` plus the columns and metadata that only some inputs know, so that merging loses none."""
-    known = [relaxed(found) for path in inputs if (found := file_schema(path)) is not None]
-    metadata = {key: value for found in known for key, value in (found.metadata or {}).items()}
-    return pa.unify_schemas([relaxed(schema), *known]).with_metadata(metadata or None)
-
-
-def _write_all(fd: int, data: bytes) -> int:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-    return len(data)
-
-
-def _sync_path(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _delete(paths: Iterable[Path]) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)

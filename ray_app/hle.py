@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ray_app import judge, rundir, services
+from ray_app import judge, object_store, rundir, services
 from ray_app.agent import Agent
 from ray_app.chat import ChatClient, Router
 from ray_app.config import Dataset, RunConfig
@@ -40,7 +40,8 @@ def read_job(config: RunConfig, run_dir: Path | None) -> Job:
         counter(model.tokenizer)  # one that is missing shows here, and not in every worker
     data, prompts = read_tasks(config.dataset), load_prompts(config.prompts)
     identity = {"prompt_digest": prompts.digest, "tasks_digest": data.digest}
-    path = rundir.locate(config, identity, run_dir)
+    asked = None if run_dir is None else object_store.local(run_dir)
+    path = rundir.locate(config, identity, asked)
     return Job(config, data, prompts, identity, path, serve_config, _isolation(config))
 
 

@@ -5,7 +5,7 @@ output). So the checkpoint of a task is the list of its completed calls: a resum
 the start, is given each recorded output whose request is still the same, and goes on live where the
 record ends, in mid-turn. What is recorded is only outputs; prompts follow from them.
 
-Does not cover: outputs that the log had not flushed when its process died; they are asked again.
+A call counts as completed when its keeper has it: then it outlives this process (`committer.py`).
 """
 
 from __future__ import annotations
@@ -49,6 +49,16 @@ class Watch(Protocol):
     def end(self, number: int) -> None: ...
 
 
+class Keeper(Protocol):
+    """Makes calls outlive this process; `committer.Committer` is the real one."""
+
+    async def admit(self) -> None:
+        """Returns when a call may go out. Raises InfrastructureError where none may any more."""
+
+    async def committed(self) -> None:
+        """Returns when everything appended so far would outlive this process."""
+
+
 @dataclass(frozen=True, slots=True)
 class RecordedCall:
     """A completed call from the log: its place, what was asked, and its output."""
@@ -57,6 +67,21 @@ class RecordedCall:
     request_hash: str
     body: str
     texts: Mapping[str, str] = field(default_factory=dict)
+
+
+# (kind, turn, tool) of an event that is no call.
+Note = tuple[str, int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What the log has of a task: the calls that were completed, and which other events are there."""
+
+    calls: Sequence[RecordedCall] = ()
+    notes: frozenset[Note] = frozenset()
+
+
+NOTHING = Record()
 
 
 @dataclass(frozen=True)
@@ -82,11 +107,11 @@ class Journal:
     task: Task
     sink: EventSink
     base: Event
-    recorded: Sequence[RecordedCall] = ()
+    record: Record = NOTHING
     turn: int = -1
     tool: str = ""
     alias: str = ""
-    calls: list[RecordedCall] = field(default_factory=list)
+    made: int = 0  # calls completed, replayed ones too; their outputs are in the log, not here
     usage: Usage = field(default_factory=Usage)
     cost_usd: float = 0.0
     live_model_calls: int = 0
@@ -94,11 +119,13 @@ class Journal:
     clock: Callable[[], float] = time.time
     timer: Callable[[], float] = time.monotonic
     watch: Watch | None = None
+    keeper: Keeper | None = None
     # Set when the attempt was given up: what still runs of it must pay for nothing more.
     is_closed: bool = False
 
     def __post_init__(self) -> None:
-        self._known = {(call.call_seq, call.request_hash): call for call in self.recorded}
+        self._known = {(call.call_seq, call.request_hash): call for call in self.record.calls}
+        self.record = Record(notes=self.record.notes)  # each body leaves when it is served
         self._is_replaying = False
         self.started = self.timer()
 
@@ -116,16 +143,15 @@ class Journal:
         `request` is plain JSON data that decides the output. An output that `check` refuses (by
         raising) is kept as evidence, counted, and never served again. Errors become events and rise.
         """
-        if self.is_closed:
-            raise InfrastructureError("this attempt was given up; its calls are made by the next one")
-        seq, request_hash = len(self.calls), digest([codec.kind, request])
-        known = self._known.get((seq, request_hash))
+        seq, request_hash = self.made, digest([codec.kind, request])
+        known = self._known.pop((seq, request_hash), None)
         if known is not None:
             self.replayed += 1
+            self.made += 1
             self._is_replaying = True
-            self.calls.append(known)
             return self._counted(codec.decode(known.body, known.texts))
         self._is_replaying = False
+        await self._admitted()
         row = self._row(codec.kind, seq, role, request_hash)
         started = self.timer()
         try:
@@ -140,10 +166,23 @@ class Journal:
             if check is not None:
                 check(output)
         except Exception as error:
-            self._record(codec, _failed(row, error), output)
+            self._write(codec, _failed(row, error), output)
             raise
-        self.calls.append(self._record(codec, row, output))
+        self._write(codec, row, output)
+        self.made += 1
+        if self.keeper is not None:
+            await self.keeper.committed()
+            self._check_open()  # refused: the next attempt has not seen this output
         return output
+
+    async def _admitted(self) -> None:
+        self._check_open()
+        if self.keeper is not None:
+            await self.keeper.admit()
+
+    def _check_open(self) -> None:
+        if self.is_closed:
+            raise InfrastructureError("this attempt was given up; its calls are made by the next one")
 
     async def _watched(self, row: Event, request: Any, perform: Callable[[], Awaitable[T]]) -> T:
         if self.watch is None:
@@ -157,10 +196,12 @@ class Journal:
     def note(self, kind: EventKind, *, started: float | None = None, **columns: Any) -> None:
         """Add an event that is no call: a turn, a tool call as a whole, a verdict.
 
-        One whose last call was served from the record stands in the log already, and is marked so.
+        One that an earlier attempt wrote after the same call stands in the log already, and is marked so.
         """
         duration = 0.0 if started is None else self.timer() - started
-        row = replace(self._row(kind, -1, "", ""), is_replayed=self._is_replaying)
+        tool = columns.get("tool", self.tool)
+        is_replayed = self._is_replaying and (kind, self.turn, tool) in self.record.notes
+        row = replace(self._row(kind, -1, "", ""), is_replayed=is_replayed)
         self.sink.append(replace(row, t_start=row.t_start - duration, duration_s=duration, **columns))
 
     def _row(self, kind: EventKind, seq: int, role: Role, request_hash: str) -> Event:
@@ -176,17 +217,9 @@ class Journal:
             request_hash=request_hash,
         )
 
-    def _record(self, codec: Codec[T], row: Event, output: T) -> RecordedCall:
-        texts: dict[str, str] = {}
-
-        def keep(text: str) -> str:
-            key = self.sink.payload(text, "text")
-            texts[key] = text
-            return key
-
-        body = codec.encode(output, keep)
+    def _write(self, codec: Codec[T], row: Event, output: T) -> None:
+        body = codec.encode(output, lambda text: self.sink.payload(text, "text"))
         self.sink.append(replace(row, payload_hash=self.sink.payload(body), **codec.columns(output)))
-        return RecordedCall(row.call_seq, row.request_hash, body, texts)
 
     def _counted(self, output: T) -> T:
         if isinstance(output, ChatReply):

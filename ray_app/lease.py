@@ -1,8 +1,10 @@
-"""One driver at a time: a run directory's epochs.
+"""One driver at a time: a run's epochs, in its folder or on its object store.
 
-A driver that takes the run creates `lease/epoch-N.json` with O_EXCL, so two drivers cannot take the
-same number, and touches it while it lives. A driver whose file is not the newest has been replaced
-and must stop before it commits anything more. Works on shared folders; does not rely on flock.
+A driver takes the run by creating `lease/epoch-N.json`, which exactly one can (O_EXCL in a folder, a
+conditional put on an object store), and renews it while it lives. It is replaced when it has ended, when
+its process is gone, or when its last heartbeat is LEASE_S old: a process that is stopped loses the run as a
+machine that is cut off does. A driver whose epoch is not the newest must stop before it commits anything
+more. Works on shared folders; does not rely on flock, nor on the clocks of two machines to agree.
 """
 
 from __future__ import annotations
@@ -12,101 +14,293 @@ import os
 import socket
 import threading
 import time
+import uuid
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 from ray_app.errors import RunDirError, StorageError
+from ray_app.object_store import Gone, ObjectStore, store_of
 from ray_app.pulse import process_started
 
-HEARTBEAT_S = 2.0
-# A lease from another machine counts as live this long after its last heartbeat.
-LEASE_S = 20.0
+# A lease counts as live this long after its last heartbeat; ten heartbeats fit. Tests shorten it.
+LEASE_S = float(os.environ.get("TOOLORCH_LEASE_S") or 20.0)
+
+
+class _Seen(NamedTuple):
+    """The record of an epoch: who took it, and how long ago its last heartbeat was."""
+
+    holder: Mapping[str, Any]
+    age_s: float
+
+
+class _Place(Protocol):
+    """Where the epochs of a run are kept. Everything raises OSError or StorageError."""
+
+    @property
+    def is_exclusive(self) -> bool: ...
+    @property
+    def is_remote(self) -> bool: ...
+    def newest(self) -> int:
+        """0 where nobody has taken the run."""
+
+    def seen(self, epoch: int) -> _Seen: ...
+    def create(self, epoch: int, holder: Mapping[str, Any]) -> bool: ...
+    def is_mine(self, epoch: int, holder: Mapping[str, Any]) -> bool: ...
+    def renew(self, epoch: int, holder: Mapping[str, Any]) -> None: ...
+    def end(self, epoch: int, holder: Mapping[str, Any]) -> None: ...
 
 
 @dataclass
 class Lease:
-    """The right to commit results of a run, until another driver takes a newer epoch."""
+    """The right to commit results of a run, until another driver takes a newer epoch.
+
+    `is_exclusive` is False on an object store without conditional puts: there two drivers that start at
+    one moment may both believe for a heartbeat that they have the run.
+    """
 
     path: Path
     epoch: int
+    is_exclusive: bool
+    _place: _Place
+    _holder: Mapping[str, Any]
+    _confirmed: float  # when a look that found this epoch the newest, and renewed it, began
+    _lost: str = ""
     _stop: threading.Event = field(default_factory=threading.Event)
+    _beating: threading.Lock = field(default_factory=threading.Lock)
 
     def start_heartbeat(self) -> None:
         threading.Thread(target=self._beat, name="lease-heartbeat", daemon=True).start()
 
     def check(self) -> None:
-        """Raises StorageError when another driver has taken the run."""
-        newest = _newest(self.path.parent)
-        if newest is None or newest[0] != self.epoch:
-            taken = "is gone" if newest is None else f"was replaced by epoch {newest[0]}"
+        """Raises StorageError when another driver has the run, or could have it by now.
+
+        Storage that fails is waited out as long as nobody could have taken the run. On an object store this
+        asks nothing while the heartbeat holds: no other driver takes the run before LEASE_S without one.
+        """
+        if not self._lost and not (self._place.is_remote and self._age_s() < LEASE_S):
+            try:
+                with self._beating:
+                    self._look(renew=self._place.is_remote)
+            except (OSError, StorageError) as error:
+                if self._age_s() >= LEASE_S:
+                    raise StorageError(
+                        f"this driver's lease (epoch {self.epoch}) could not be confirmed for "
+                        f"{self._age_s():.0f} s, so another driver may have the run: {error}"
+                    ) from None
+        if self._lost:
             raise StorageError(
-                f"this driver's lease (epoch {self.epoch}) {taken}: another driver has the run"
+                f"this driver's lease (epoch {self.epoch}) {self._lost}: another driver has the run"
             )
 
     def release(self) -> None:
-        """Stop the heartbeat; the file stays as the record of the epoch, marked as ended."""
+        """Stop the heartbeat; the record of the epoch stays, marked as ended, unless it was replaced."""
         self._stop.set()
-        try:
-            holder = json.loads(self.path.read_text())
-            _write(self.path, holder | {"ended": time.time()})
-        except (OSError, ValueError):
-            pass  # a lease that cannot be marked is recognised as dead by its process
+        # A lease that cannot be marked is recognised as dead by its process or its age.
+        with suppress(OSError, StorageError), self._beating:
+            self._look(renew=False)
+            if not self._lost:
+                self._place.end(self.epoch, {**self._holder, "ended": time.time()})
 
     def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT_S):
-            try:
-                os.utime(self.path)
-            except OSError:
-                return
+        while not self._stop.wait(LEASE_S / 10):
+            # Under the lock: a heartbeat on its way must not undo the mark of `release`.
+            with suppress(OSError, StorageError), self._beating:
+                if self._lost or self._stop.is_set():
+                    return
+                self._look(renew=True)
+
+    def _look(self, *, renew: bool) -> None:
+        """Find out whether this epoch is the newest; only then, where asked, renew it."""
+        began = _clock()
+        newest = self._place.newest()
+        if newest != self.epoch:
+            self._lost = f"was replaced by epoch {newest}" if newest > self.epoch else "is gone"
+        elif not self.is_exclusive and not self._place.is_mine(self.epoch, self._holder):
+            self._lost = "was taken by another driver at the same moment"
+        else:
+            if renew:
+                self._place.renew(self.epoch, self._holder)
+            self._confirmed = began
+
+    def _age_s(self) -> float:
+        return _clock() - self._confirmed
 
 
 def take(run_dir: Path) -> Lease:
     """Take the run. Raises RunDirError, naming the holder, while another driver lives."""
-    folder = run_dir / "lease"
-    folder.mkdir(parents=True, exist_ok=True)
-    newest = _newest(folder)
-    if newest is not None:
-        _refuse_if_alive(run_dir, newest[1])
-    epoch = 1 if newest is None else newest[0] + 1
-    path = folder / f"epoch-{epoch:06d}.json"
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": process_started(os.getpid())}
-    try:
-        with path.open("x") as file:
-            json.dump(holder, file)
-    except FileExistsError:
-        raise RunDirError(
-            f"run {run_dir}: another driver has just taken it; wait for it or stop it"
-        ) from None
-    lease = Lease(path, epoch)
+    place = _place(run_dir)
+    newest = place.newest()
+    if newest:
+        _refuse_if_alive(run_dir, place, newest)
+    epoch = newest + 1
+    pid = os.getpid()
+    holder = {
+        "host": socket.gethostname(),
+        "pid": pid,
+        "started": process_started(pid),
+        "pid_namespace": _pid_namespace(),
+        "token": uuid.uuid4().hex,
+    }
+    began = _clock()
+    if not place.create(epoch, holder):
+        raise RunDirError(f"run {run_dir}: another driver has just taken it; wait for it or stop it")
+    path = run_dir / "lease" / _name(epoch)
+    lease = Lease(path, epoch, place.is_exclusive, place, holder, began)
     lease.start_heartbeat()
     return lease
 
 
-def _refuse_if_alive(run_dir: Path, path: Path) -> None:
+def newest_epoch(run_dir: Path) -> int:
+    """The epoch of the driver that has the run; 0 where nobody has taken it. One listing."""
+    return _place(run_dir).newest()
+
+
+def _refuse_if_alive(run_dir: Path, place: _Place, epoch: int) -> None:
     try:
-        age_s = time.time() - path.stat().st_mtime
-        holder = json.loads(path.read_text())
+        holder, age_s = place.seen(epoch)
+    except (FileNotFoundError, Gone):
+        return
+    if "ended" in holder or age_s >= LEASE_S:
+        return
+    is_here = (holder["host"], holder.get("pid_namespace")) == (socket.gethostname(), _pid_namespace())
+    if is_here and process_started(holder["pid"]) != holder["started"]:
+        return
+    raise RunDirError(
+        f"run {run_dir}: process {holder['pid']} on {holder['host']} is running it; "
+        "wait for it, stop it, or choose another --run-dir"
+    )
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """Epochs as files of a folder, which machines may share."""
+
+    folder: Path
+    is_exclusive = True
+    is_remote = False
+
+    def newest(self) -> int:
+        try:
+            return _newest(path.name for path in self.folder.iterdir())  # glob hides a disk that fails
+        except FileNotFoundError:
+            return 0
+
+    def seen(self, epoch: int) -> _Seen:
+        now = self._now()
+        with (self.folder / _name(epoch)).open() as file:
+            # Opened first: a network file system then asks its server for the time of the file.
+            age_s = now - os.fstat(file.fileno()).st_mtime
+            return _Seen(_parsed(file.read()), age_s)
+
+    def create(self, epoch: int, holder: Mapping[str, Any]) -> bool:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / _name(epoch)
+        try:
+            with path.open("x") as file:
+                json.dump(holder, file)
+        except FileExistsError:
+            return False
+        except OSError:  # a full disk: an empty file would keep everybody out for a while
+            path.unlink(missing_ok=True)
+            raise
+        return True
+
+    def is_mine(self, epoch: int, holder: Mapping[str, Any]) -> bool:
+        return True  # O_EXCL has settled it
+
+    def renew(self, epoch: int, holder: Mapping[str, Any]) -> None:
+        os.utime(self.folder / _name(epoch))  # never creates; the time is the file system's own
+
+    def end(self, epoch: int, holder: Mapping[str, Any]) -> None:
+        temporary, path = self.folder / f"{_name(epoch)}.tmp", self.folder / _name(epoch)
+        try:
+            temporary.write_text(json.dumps(holder))
+            temporary.replace(path)
+        except OSError:  # a full disk has room in the blocks that the file has
+            temporary.unlink(missing_ok=True)
+            path.write_text(json.dumps(holder))
+
+    def _now(self) -> float:
+        """The time of the file system, whose clock need not be this machine's."""
+        probe = self.folder / f".now-{uuid.uuid4().hex}"
+        try:
+            probe.touch()
+            return probe.stat().st_mtime
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Epochs as objects; `mirror` gets a copy of the own one."""
+
+    store: ObjectStore
+    mirror: Path
+    is_remote = True
+
+    @property
+    def is_exclusive(self) -> bool:
+        return self.store.has_conditional_put
+
+    def newest(self) -> int:
+        return _newest(name.removeprefix("lease/") for name in self.store.list("lease/"))
+
+    def seen(self, epoch: int) -> _Seen:
+        name = f"lease/{_name(epoch)}"
+        # The store's clock shows whole seconds: the age may be one less than it seems.
+        return _Seen(_parsed(self.store.get(name)), self.store.age_s(name) - 1)
+
+    def create(self, epoch: int, holder: Mapping[str, Any]) -> bool:
+        data = json.dumps(holder)
+        is_created = self.store.put_new(f"lease/{_name(epoch)}", data.encode())
+        if is_created:
+            self.mirror.mkdir(exist_ok=True)
+            (self.mirror / _name(epoch)).write_text(data)
+        return is_created
+
+    def is_mine(self, epoch: int, holder: Mapping[str, Any]) -> bool:
+        return bool(_parsed(self.store.get(f"lease/{_name(epoch)}")).get("token") == holder["token"])
+
+    def renew(self, epoch: int, holder: Mapping[str, Any]) -> None:
+        self.store.put(f"lease/{_name(epoch)}", json.dumps(holder).encode())
+
+    end = renew
+
+
+def _place(run_dir: Path) -> _Place:
+    store, folder = store_of(run_dir), Path(run_dir) / "lease"
+    return _Folder(folder) if store is None else _Bucket(store, folder)
+
+
+def _newest(names: Iterable[str]) -> int:
+    epochs = [name for name in names if name.startswith("epoch-") and name.endswith(".json")]
+    return max((int(name.removeprefix("epoch-").removesuffix(".json")) for name in epochs), default=0)
+
+
+def _name(epoch: int) -> str:
+    return f"epoch-{epoch:06d}.json"
+
+
+def _parsed(text: str | bytes) -> Mapping[str, Any]:
+    """The holder; nobody in particular for a record that is being written, or torn when its driver died."""
+    try:
+        holder = json.loads(text)
+    except ValueError:
+        holder = {}
+    return {"host": "another machine", "pid": "unknown", "started": None, **holder}
+
+
+def _pid_namespace() -> str:
+    """Two containers may have one host name, and then not the same processes."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
-        return
-    except ValueError:  # being written this moment, or torn when its driver died
-        holder = {"host": "", "pid": "unknown", "started": None}
-    if "ended" in holder:
-        return
-    is_here = holder.get("host") == socket.gethostname()
-    alive = process_started(holder["pid"]) == holder["started"] if is_here else age_s < LEASE_S
-    if alive:
-        raise RunDirError(
-            f"run {run_dir}: process {holder['pid']} on {holder['host']} is running it; "
-            "wait for it, stop it, or choose another --run-dir"
-        )
+        return ""
 
 
-def _newest(folder: Path) -> tuple[int, Path] | None:
-    epochs = sorted(folder.glob("epoch-*.json"))
-    return (int(epochs[-1].stem.removeprefix("epoch-")), epochs[-1]) if epochs else None
-
-
-def _write(path: Path, value: dict[str, object]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value))
-    temporary.replace(path)
+def _clock() -> float:
+    """Seconds that go on while this process is stopped or its machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)

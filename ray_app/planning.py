@@ -1,21 +1,14 @@
-"""The plan of a run: what the log already counts, what is left, and the calls that were completed.
-
-Pure but for `recorded_calls`, which reads the event log. Names no benchmark.
-"""
+"""The plan of a run: what the log already counts, and what is left. Pure; names no benchmark."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from ray_app import events
-from ray_app.journal import RecordedCall
+from ray_app.journal import NOTHING, Record
 from ray_app.records import Outcome, Task
 
-CALL_KINDS = ("model_call", "retrieval", "code")
 # Failures that say nothing of the model: mended by time, or by the user.
 RUN_AGAIN = ("infrastructure", "user")
 Key = tuple[str, int]
@@ -23,12 +16,12 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class WorkItem:
-    """One attempt at one trial of a task, with the calls that earlier attempts completed."""
+    """One attempt at one trial of a task, with what the log has of earlier attempts."""
 
     task: Task
     trial: int
     attempt: int = 1
-    recorded: tuple[RecordedCall, ...] = ()
+    record: Record = NOTHING
 
     @property
     def key(self) -> Key:
@@ -90,47 +83,3 @@ def _is_final(row: Mapping[str, Any], task: Task, retry_failed: bool) -> bool:
         return bool(row["error_kind"] not in RUN_AGAIN and not retry_failed)
     is_judged = row["outcome"] == "ok" and row["judge_key"] == task.judge_key
     return bool(is_judged or row["outcome"] == "limited")
-
-
-def recorded_calls(run_dir: Path, keys: Collection[Key]) -> dict[Key, tuple[RecordedCall, ...]]:
-    """The completed calls of the given (rollout key, trial) pairs, newest record of each call last."""
-    wanted, rows = set(keys), []
-    columns = ["kind", "status", "rollout_key", "trial", "call_seq", "request_hash", "payload_hash", "epoch"]
-    for batch in events.read(run_dir, columns):
-        rows += [
-            row
-            for row in batch.to_pylist()
-            if row["kind"] in CALL_KINDS
-            and row["status"] == "ok"
-            and (row["rollout_key"], row["trial"]) in wanted
-        ]
-    rows.sort(key=lambda row: (row["call_seq"], row["epoch"]))
-    bodies = events.read_payloads(run_dir, {row["payload_hash"] for row in rows})
-    texts = events.read_payloads(
-        run_dir, {item["text"] for row in rows if row["kind"] == "retrieval" for item in _hits(row, bodies)}
-    )
-    found: dict[Key, list[RecordedCall]] = {}
-    for row in rows:
-        body = bodies.get(row["payload_hash"])
-        if body is None:
-            continue  # its payload was lost with its process: the call is made again
-        named = {item["text"] for item in _hits(row, bodies)} if row["kind"] == "retrieval" else set()
-        if not named <= texts.keys():
-            continue
-        call = RecordedCall(row["call_seq"], row["request_hash"], body, {name: texts[name] for name in named})
-        found.setdefault((row["rollout_key"], row["trial"]), []).append(call)
-    return {key: tuple(calls) for key, calls in found.items()}
-
-
-def _hits(row: Mapping[str, Any], bodies: Mapping[str, str]) -> list[dict[str, Any]]:
-    hits: list[dict[str, Any]] = json.loads(bodies.get(row["payload_hash"], "[]"))
-    return hits
-
-
-def with_recorded_calls(work: Plan, run_dir: Path) -> Plan:
-    """`work` with the calls that earlier attempts of its items completed."""
-    if not (run_dir / "log").exists():
-        return work
-    recorded = recorded_calls(run_dir, {item.key for item in work.items})
-    items = tuple(replace(item, recorded=recorded.get(item.key, ())) for item in work.items)
-    return replace(work, items=items)

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ray_app import events, planning, services
+from ray_app import events, object_store, planning, services
 from ray_app.chat import Router, cost
 from ray_app.config import RunConfig
 from ray_app.driver import Job
@@ -45,7 +45,7 @@ class RouteRow:
 def show(job: Job, work: planning.Plan, console: Console) -> bool:
     """Print the plan. Returns whether everything that the run needs is there or can be started."""
     owed = _outcomes(job.run_dir).get("owed", 0)
-    console.print(f"Run directory: {job.run_dir}", soft_wrap=True, highlight=False)
+    console.print(f"Run directory: {object_store.place(job.run_dir)}", soft_wrap=True, highlight=False)
     console.print(
         f"Tasks: {len(work.items)} to run ({owed} of them owed a verdict only), "
         f"{work.skipped} skipped as done; {work.kept.line()}",

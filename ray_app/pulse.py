@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_app.errors import ConfigError
+from ray_app import object_store
+from ray_app.errors import ConfigError, StorageError
 from ray_app.records import Event, TaskResult
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ class Pulse:
             self.beat()
 
     def _write(self, status: Status) -> None:
-        with self._writing, suppress(OSError):
+        with self._writing, suppress(OSError, StorageError):
             _write(self._path, status)
 
 
@@ -206,7 +207,7 @@ def mark_lost(run_dir: Path, name: str, epoch: int) -> None:
     path = status_path(run_dir, name, epoch)
     status = _parse(path)
     if status is not None:
-        with suppress(OSError):
+        with suppress(OSError, StorageError):
             _write(path, replace(status, is_lost=True))
 
 
@@ -261,6 +262,7 @@ def _write(path: Path, status: Status) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(asdict(status)))
     temporary.replace(path)
+    object_store.push(path.parent.parent, [f"status/{path.name}"])
 
 
 def _parse(path: Path) -> Status | None:

@@ -35,6 +35,9 @@ from ray_app.progress import LINE_EVERY_S
 from ray_app.records import Event, Usage, Verdict
 from ray_app.tools.base import Caller
 
+# What storage has not taken by then would be lost with this process.
+STORAGE_PATIENCE_S = 5.0
+
 
 @dataclass
 class Tally:
@@ -165,6 +168,8 @@ class _Bench:
         """Judge what `waiting` gives; several of these share one iterator."""
         for item in waiting:
             self.held.check()  # a driver that was replaced must stop spending
+            if self.log.failing_s > STORAGE_PATIENCE_S:
+                raise StorageError(self.log.failure)
             journal = self._journal(item)
             try:
                 verdict = await self._verdict(item, journal)

@@ -1,26 +1,25 @@
 """The worker actor: one process that solves many tasks at once and reports how each attempt ended.
 
-Names no benchmark: a solver comes from the job's factory. What a worker writes is evidence; the driver
-commits.
+Names no benchmark: a solver comes from the job's factory. What a worker writes is evidence; only what the
+driver commits counts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import ray
 
-from ray_app import pulse
-from ray_app.errors import EvalError, InfrastructureError, kind_of
-from ray_app.event_writer import EventWriter
-from ray_app.journal import Journal, RecordedCall
-from ray_app.planning import WorkItem
+from ray_app import lease, pulse
+from ray_app.committer import Committer
+from ray_app.errors import EvalError, InfrastructureError, StorageError, kind_of
+from ray_app.journal import Journal
+from ray_app.options import Options
+from ray_app.planning import Key, WorkItem
 from ray_app.pulse import Pulse
 from ray_app.records import Event, Outcome, Task, TaskResult, Verdict
 
@@ -49,59 +48,52 @@ SolverFactory = Callable[[], Solver]
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """An attempt's result, and its completed calls for the next attempt if there must be one."""
+    """How an attempt ended."""
 
     result: TaskResult
-    calls: tuple[RecordedCall, ...] = ()
     is_given_up: bool = False  # its deadline passed and its worker may still be held by it
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How a run is carried out; nothing here changes what is measured."""
-
-    run_dir: Path
-    run_id: str
-    epoch: int
-    concurrency: int
-    workers: int
-    attempts: int
-    give_up_after: int = 1_000_000
-    canary: str = ""  # of the dataset, carried in the metadata of every log file
-    # Holds even where a call ignores its cancellation; None: calls have deadlines of their own.
-    attempt_deadline_s: float | None = None
-
-    def writer(self, name: str) -> EventWriter:
-        """A log writer of its own for each process start, whatever else writes to this run."""
-        writer_id = f"e{self.epoch:04d}-{name}-{uuid.uuid4().hex[:8]}"
-        metadata = {"canary": self.canary} if self.canary else None
-        return EventWriter(self.run_dir, writer_id, metadata=metadata)
 
 
 class Worker:
     """One process with many tasks in flight, its own log stream and its own clients."""
 
-    def __init__(self, make_solver: SolverFactory, options: Options, index: int) -> None:
+    def __init__(self, make_solver: SolverFactory, options: Options, name: str, checkpoint: Any) -> None:
         pulse.raise_file_limit(options.concurrency)
-        self._options = options
-        node = ray.get_runtime_context().get_node_id()[:8]
-        self._name = f"{node}:{os.getpid()}"
-        self._log = options.writer(worker_name(index))
-        self._pulse = Pulse(options.run_dir, worker_name(index), epoch=options.epoch, node=node)
+        self._options = options = options.here()
+        node: str = ray.get_runtime_context().get_node_id()
+        self._node = node
+        self._name = f"{node[:8]}:{os.getpid()}"
+        self._committer = Committer(options, name, checkpoint, self._on_refused)
+        self._pulse = Pulse(options.run_dir, name, epoch=options.epoch, node=node[:8])
+        self._journals: dict[Key, Journal] = {}
         self._given_up: set[asyncio.Task[Solved]] = set()
         self._solver = make_solver()
 
     async def solve(self, item: WorkItem) -> Report:
         """One attempt. Whatever goes wrong is data in the report, never an exception."""
-        journal = Journal(item.task, self._log, self._base(item), item.recorded, watch=self._pulse)
+        log = self._committer
+        journal = Journal(item.task, log, self._base(item), item.record, watch=self._pulse, keeper=log)
+        self._journals[item.key] = journal
         journal.note("attempt")
         try:
             solved = await self._in_time(item.task, journal)
             result = _result(item, journal, solved)
         except Exception as error:
             result = _broken(item, journal, error)
-        await asyncio.to_thread(self._log.flush)
-        return Report(result, tuple(journal.calls) if is_retryable(result) else (), journal.is_closed)
+        finally:
+            if self._journals.get(item.key) is journal:
+                del self._journals[item.key]
+        # A result that counts has its evidence in the log: a judge-only pass, say, reads it there.
+        try:
+            await log.stored()
+        except StorageError as error:
+            result = _broken(item, journal, error)
+        return Report(result, journal.is_closed)
+
+    def _on_refused(self, key: Key) -> None:
+        """Of the committer: a newer attempt has this task, so what still runs of it must pay for nothing."""
+        if journal := self._journals.get(key):
+            journal.is_closed = True
 
     async def _in_time(self, task: Task, journal: Journal) -> Solved:
         """The solver's result. Raises InfrastructureError at the deadline, whatever holds the solver."""
@@ -125,13 +117,18 @@ class Worker:
         if not solving.cancelled():
             solving.exception()  # known: what an attempt that was given up still says counts for nothing
 
-    async def sees(self, path: Path) -> bool:
-        """Whether this worker's node has the run directory of the driver, and not one of its own."""
-        return await asyncio.to_thread(path.exists)
+    async def sees_lease(self) -> bool:
+        """Whether the driver's run directory is here, and not one of this node's own."""
+        newest = await asyncio.to_thread(lease.newest_epoch, self._options.run_dir)
+        return newest >= self._options.epoch
+
+    async def ping(self) -> str:
+        """This worker's node; answers while its event loop turns."""
+        return self._node
 
     async def close(self) -> None:
         await self._solver.close()
-        await asyncio.to_thread(self._log.close)
+        await self._committer.close()
         await asyncio.to_thread(self._pulse.close)
 
     def _base(self, item: WorkItem) -> Event:
@@ -199,7 +196,3 @@ def unfinished(item: WorkItem, journal: Journal | None = None) -> TaskResult:
 def is_retryable(result: TaskResult) -> bool:
     """Whether another attempt may mend it: infrastructure broke, in the rollout or in the judge."""
     return result.error_kind == "infrastructure" or result.outcome == "owed"
-
-
-def worker_name(index: int) -> str:
-    return f"w{index:03d}"

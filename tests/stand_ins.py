@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ray_app.chat import ChatRequest
 from ray_app.config import RunConfig
-from ray_app.journal import Journal, RecordedCall
+from ray_app.journal import NOTHING, Journal, Record, RecordedCall
 from ray_app.records import ChatReply, Event, Hit, Task, ToolCall, Usage
 
 Script = Callable[[ChatRequest], ChatReply | Exception]
@@ -72,9 +72,20 @@ class MemoryLog:
     def of(self, kind: str) -> list[Event]:
         return [event for event in self.events if event.kind == kind]
 
+    def record(self, calls: int = 10**9) -> Record:
+        """What a resume finds of a task that died in the call after its first `calls` completed ones."""
+        at = [n for n, event in enumerate(self.events) if event.call_seq >= 0 and event.status == "ok"]
+        seen = self.events[: at[calls]] if calls < len(at) else self.events
+        recorded = [
+            RecordedCall(event.call_seq, event.request_hash, self.bodies[event.payload_hash], self.bodies)
+            for event in (self.events[n] for n in at[:calls])
+        ]
+        notes = {(event.kind, event.turn, event.tool) for event in seen if event.call_seq < 0}
+        return Record(tuple(recorded), frozenset(notes))
 
-def journal(task: Task, log: MemoryLog, recorded: tuple[RecordedCall, ...] = ()) -> Journal:
-    return Journal(task, log, Event("attempt", 0.0, task_id=task.task_id), recorded)
+
+def journal(task: Task, log: MemoryLog, record: Record = NOTHING) -> Journal:
+    return Journal(task, log, Event("attempt", 0.0, task_id=task.task_id), record)
 
 
 def config(**changes: object) -> RunConfig:

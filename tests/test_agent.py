@@ -159,7 +159,7 @@ async def test_a_judge_that_fails_leaves_the_rollout_and_owes_the_verdict() -> N
     first = journal(TASK, log)
     solved = await solver(model).solve(TASK, first)
     assert solved.verdict is None and solved.prediction == "forty-two" and "expected a verdict" in solved.owed
-    again = journal(TASK, log, tuple(first.calls))
+    again = journal(TASK, log, log.record())
     solved = await solver(model).solve(TASK, again)
     assert solved.verdict is not None and solved.verdict.is_correct
     assert (again.replayed, again.live_model_calls) == (2, 1)
@@ -176,31 +176,32 @@ def by_context(request: ChatRequest) -> ChatReply:
 
 
 async def test_a_task_that_broke_anywhere_goes_on_from_its_last_call() -> None:
-    whole = journal(TASK, MemoryLog())
-    expected = await solver(ScriptedModel(by_context)).solve(TASK, whole)
-    assert len(whole.calls) == 8
-    for kept in range(len(whole.calls) + 1):
-        resumed = journal(TASK, MemoryLog(), tuple(whole.calls[:kept]))
+    whole = MemoryLog()
+    expected = await solver(ScriptedModel(by_context)).solve(TASK, journal(TASK, whole))
+    made = len(whole.record().calls)
+    assert made == 8
+    for kept in range(made + 1):
+        resumed = journal(TASK, MemoryLog(), whole.record(kept))
         assert await solver(ScriptedModel(by_context)).solve(TASK, resumed) == expected
-        assert (resumed.replayed, len(resumed.calls)) == (kept, len(whole.calls))
+        assert (resumed.replayed, resumed.made) == (kept, made)
 
 
 async def test_what_a_resume_serves_from_the_record_is_marked_and_not_counted_again() -> None:
-    whole = journal(TASK, MemoryLog())
-    await solver(ScriptedModel(by_context)).solve(TASK, whole)
+    whole = MemoryLog()
+    await solver(ScriptedModel(by_context)).solve(TASK, journal(TASK, whole))
     log = MemoryLog()
     # The first turn (orchestrator, query, retrieval) is recorded; the rest is live.
-    await solver(ScriptedModel(by_context)).solve(TASK, journal(TASK, log, tuple(whole.calls[:3])))
+    await solver(ScriptedModel(by_context)).solve(TASK, journal(TASK, log, whole.record(3)))
     assert [event.is_replayed for event in log.of("turn")] == [True, False, False]
     assert [event.is_replayed for event in log.of("tool_call")] == [True, False, False]
     assert {event.is_replayed for event in log.of("model_call")} == {False}
 
 
 async def test_a_recorded_reply_to_another_request_is_not_used() -> None:
-    whole = journal(TASK, MemoryLog())
-    await solver(ScriptedModel(by_context)).solve(TASK, whole)
+    whole = MemoryLog()
+    await solver(ScriptedModel(by_context)).solve(TASK, journal(TASK, whole))
     other = Task("q1", "What is 6 times 8?", "48", scope=(3, 1))
-    resumed = journal(other, MemoryLog(), tuple(whole.calls))
+    resumed = journal(other, MemoryLog(), whole.record())
     await solver(ScriptedModel(by_context)).solve(other, resumed)
     # The retrieval and the program are the same requests; every prompt holds the new question.
     assert resumed.replayed == 2

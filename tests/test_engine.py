@@ -17,9 +17,10 @@ from ray_app import engine, events, lease, planning
 from ray_app.errors import ContextOverflow, EndpointError, InfrastructureError, LimitReached
 from ray_app.event_writer import EventWriter
 from ray_app.journal import CODE, Journal
+from ray_app.options import Options
 from ray_app.planning import Plan, Tally, WorkItem
 from ray_app.records import ExecutionResult, Task, TaskResult, Verdict
-from ray_app.worker import Options, Solved
+from ray_app.worker import Solved
 
 TASKS = [Task(f"task/{n}", f"question {n}", str(n)) for n in range(12)]
 CALLS = 3
@@ -156,7 +157,7 @@ class Bench:
         settings = replace(Options(self.run_dir, "run", held.epoch, 4, 2, 3), **options)  # type: ignore[arg-type]
         log = EventWriter(self.run_dir, f"e{held.epoch}-driver")
         seen = Seen(asyncio.Event(), stop_after)
-        work = planning.with_recorded_calls(self.plan(), self.run_dir)
+        work = self.plan()
         make = MakeSolver(self.marks, fault)
         try:
             tally = await engine.run(work, make, settings, log=log, lease=held, watcher=seen, stop=seen.stop)

@@ -19,10 +19,11 @@ from ray_app import engine, events, lease, planning, pulse
 from ray_app.errors import EndpointError, InfrastructureError
 from ray_app.event_writer import EventWriter
 from ray_app.journal import CHAT, CODE, Journal
+from ray_app.options import Options
 from ray_app.planning import Tally, WorkItem
 from ray_app.pulse import Call, CallGroup, Followed, Pulse
 from ray_app.records import ChatReply, Event, ExecutionResult, Task, TaskResult, Verdict
-from ray_app.worker import Options, Solved
+from ray_app.worker import Solved
 from tests.stand_ins import MemoryLog
 
 NEVER_S = 1000.0

@@ -18,7 +18,7 @@ import pytest
 from analysis.agreement import Pair, agreement
 from analysis.queries import open_run
 from analysis.summary import RunSummary, summarise
-from ray_app import engine, events, opinions, planning, rejudge, rundir
+from ray_app import engine, events, opinions, rejudge, rundir
 from ray_app.baseline.server import ServerSettings
 from ray_app.chat import ChatRequest
 from ray_app.config import RunConfig
@@ -26,9 +26,10 @@ from ray_app.errors import ConfigError, InfrastructureError
 from ray_app.event_writer import EventWriter
 from ray_app.hle import make_solver, read_tasks
 from ray_app.journal import Journal
+from ray_app.options import Options
 from ray_app.prompting import load_prompts
+from ray_app.recorded import records
 from ray_app.records import ChatReply, Event, Task, TaskResult
-from ray_app.worker import Options
 from tests.baseline.serving import serving as serving_baseline
 from tests.model_server import chunk, serving, usage
 from tests.stand_ins import FixedRetriever, ScriptedModel, chooses, config, says
@@ -279,16 +280,16 @@ async def test_a_label_keeps_to_one_judge(tmp_path: Path) -> None:
 async def test_a_resumed_run_goes_on_after_a_pass_as_if_there_was_none(tmp_path: Path) -> None:
     run_dir = await make_run(tmp_path)
     task = read_tasks(run_config(tmp_path).dataset).tasks[1]
-    before = planning.recorded_calls(run_dir, {(task.rollout_key, 0)})[task.rollout_key, 0]
+    before = records(run_dir, {(task.rollout_key, 0)})[task.rollout_key, 0]
     async with serving(says_verdict(True)) as server:
         await carry_out(asked(run_dir, server.url))
-    calls = planning.recorded_calls(run_dir, {(task.rollout_key, 0)})[task.rollout_key, 0]
+    after = records(run_dir, {(task.rollout_key, 0)})[task.rollout_key, 0]
     model, log = ScriptedModel(script), EventWriter(tmp_path / "elsewhere", "w")
-    journal = Journal(task, log, base(task), calls)
+    journal = Journal(task, log, base(task), after)
     solver = make_solver(run_config(tmp_path), load_prompts(), model, FixedRetriever([]), None)
     solved = await solver.solve(task, journal)
     log.close()
-    assert (len(model.asked), journal.replayed) == (0, len(before))
+    assert (len(model.asked), journal.replayed) == (0, len(before.calls))
     assert solved.verdict is not None and solved.verdict.judge_model == "m"
 
 

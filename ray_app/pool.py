@@ -1,0 +1,270 @@
+"""The worker actors of a run: who runs what, who is dead or stopped, and which task may be to blame.
+
+When a worker dies, any of its tasks may have killed it. They run again in ever smaller company: a task that
+was there at one death shares a worker with few, one that was there at two runs alone. So after three deaths
+the guilty task is known, and no innocent one was given up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+
+from ray_app import pulse
+from ray_app.checkpoint import CheckpointClient
+from ray_app.errors import ConfigError, InfrastructureError
+from ray_app.options import Options
+from ray_app.planning import Key, WorkItem
+from ray_app.worker import Report, SolverFactory, Worker
+
+CLOSE_TIMEOUT_S = 5.0
+READY_TIMEOUT_S = 180.0
+BEAT_S = 2.0
+# Logical cores: workers wait on the network, so many fit on a core.
+WORKER_CPUS = 0.05
+# By the deaths that a task was there at: how many tasks may share its worker (0: any number).
+COMPANY = (0, 64, 1)
+# Workers for such suspects at once, for each ordinary one, and at most.
+SUSPECT_WORKERS, MOST_SUSPECT_WORKERS = 2, 8
+# Workers that died one after the other without one attempt that came to an end.
+DEATHS_IN_A_ROW = 20
+
+
+class WorkerLost(Exception):
+    """The worker of an attempt is gone.
+
+    `is_suspect`: it died or hung, and not its node, so that a task of it may have been the cause;
+    `was_alone`: this was its only task.
+    """
+
+    def __init__(self, reason: str, *, is_suspect: bool, was_alone: bool) -> None:
+        super().__init__(reason)
+        self.is_suspect, self.was_alone = is_suspect, was_alone
+
+
+@dataclass(eq=False)
+class _Seat:
+    """One worker actor. `company` is the most tasks that it may hold (0: any number)."""
+
+    name: str
+    actor: Any
+    company: int
+    lost: asyncio.Future[WorkerLost]
+    node: str = ""
+    tasks: dict[Key, WorkItem] = field(default_factory=dict)
+    ping: asyncio.Future[Any] | None = None
+    missed: int = 0
+
+    @property
+    def has_room(self) -> bool:
+        return not self.company or len(self.tasks) < self.company
+
+    def hear(self) -> None:
+        """Take the answer to the last ping; what is wrong with it, its tasks find out."""
+        if self.ping is not None and self.ping.exception() is None:
+            self.node = self.ping.result()
+
+
+class WorkerPool:
+    """Runs attempts on workers; replaces those that died or answer no more. For one event loop."""
+
+    def __init__(self, make_solver: SolverFactory, options: Options, checkpoint: CheckpointClient) -> None:
+        self._make_solver, self._options, self._checkpoint = make_solver, options, checkpoint
+        self._made = self._deaths_in_a_row = 0
+        self._given_up_by: dict[Key, _Seat] = {}
+        self._room = asyncio.Condition()
+        self._seats: list[_Seat] = []
+        for _ in range(options.workers):
+            self._start(company=COMPANY[0])
+        self._beating: asyncio.Task[None] | None = None
+
+    def _start(self, company: int) -> _Seat:
+        self._made += 1
+        name = f"w{self._made:03d}"
+        actor = (
+            ray.remote(Worker)
+            .options(num_cpus=WORKER_CPUS, max_concurrency=10_000, scheduling_strategy="SPREAD")
+            .remote(self._make_solver, self._options, name, self._checkpoint.actor)
+        )
+        seat = _Seat(name, actor, company, asyncio.get_running_loop().create_future())
+        self._seats.append(seat)
+        return seat
+
+    async def ready(self) -> None:
+        """Wait for the workers, each of which must see the run's lease.
+
+        Raises ConfigError where one cannot start or has another disk.
+        """
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                sees = await asyncio.gather(*(seat.actor.sees_lease.remote() for seat in self._seats))
+                nodes = await asyncio.gather(*(seat.actor.ping.remote() for seat in self._seats))
+        except TimeoutError:
+            raise ConfigError(
+                f"workers: {len(self._seats)} actors of {WORKER_CPUS} CPUs did not start in "
+                f"{READY_TIMEOUT_S:g} s; free resources of the cluster (`ray status`) or lower `workers`"
+            ) from None
+        except RayError as error:
+            raise InfrastructureError(f"a worker cannot start: {last_line(error)}") from None
+        for seat, node in zip(self._seats, nodes, strict=True):
+            seat.node = node
+        if not all(sees):
+            raise ConfigError(
+                f"run directory {self._options.run_dir}: not there on every node; put TOOLORCH_HOME or "
+                "--run-dir on a folder that all nodes share, or on s3://"
+            )
+        self._beating = asyncio.create_task(self._beat())
+
+    async def solve(self, item: WorkItem, deaths: int) -> Report:
+        """The report of one attempt of a task that was there at `deaths` deaths of workers.
+
+        Raises WorkerLost when its worker died or answers no more; what the worker had committed is in the
+        log by then. Raises InfrastructureError when one worker after the other dies.
+        """
+        seat = await self._take_seat(item, deaths)
+        reference = seat.actor.solve.remote(item)
+        answer = asyncio.ensure_future(reference)
+        try:
+            await asyncio.wait({answer, seat.lost}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise _again(seat.lost.result())
+            report: Report = answer.result()
+        except asyncio.CancelledError:
+            ray.cancel(reference)
+            raise
+        except RayActorError as error:
+            await self._lose(seat, f"worker lost: {last_line(error)}", error)
+            raise _again(seat.lost.result()) from None
+        else:
+            self._deaths_in_a_row = 0
+            if report.is_given_up:
+                self._given_up_by[item.key] = seat
+                await self._checkpoint.fence({item.key: item.attempt})
+            return report
+        finally:
+            _forget(answer)
+            await self._leave(seat, item)
+
+    async def close(self) -> None:
+        """Let every worker flush and leave; one that does not within CLOSE_TIMEOUT_S is killed."""
+        if self._beating is not None:
+            self._beating.cancel()
+        closing = [asyncio.ensure_future(seat.actor.close.remote()) for seat in self._seats]
+        if closing:
+            await asyncio.wait(closing, timeout=CLOSE_TIMEOUT_S)
+        for task in closing:
+            _forget(task)
+        for seat in self._seats:
+            ray.kill(seat.actor)
+
+    async def _take_seat(self, item: WorkItem, deaths: int) -> _Seat:
+        """A place for `item`: the least busy ordinary worker, or one that suspects share."""
+        company = COMPANY[min(deaths, len(COMPANY) - 1)]
+        async with self._room:
+            while (seat := self._find(item, company)) is None:
+                await self._room.wait()
+            seat.tasks[item.key] = item
+            return seat
+
+    def _find(self, item: WorkItem, company: int) -> _Seat | None:
+        seats = [seat for seat in self._seats if seat.company == company and seat.has_room]
+        # Not the one that an earlier attempt may still hold, where there is another.
+        seats = [seat for seat in seats if seat is not self._given_up_by.get(item.key)] or seats
+        if company == 0:
+            return min(seats, key=lambda seat: len(seat.tasks))
+        # Spread over several at once: a death then leaves a quarter of them under suspicion.
+        most = min(SUSPECT_WORKERS * self._options.workers, MOST_SUSPECT_WORKERS)
+        if sum(seat.company > 0 for seat in self._seats) < most:
+            return self._start(company)
+        return min(seats, key=lambda seat: len(seat.tasks), default=None)
+
+    async def _leave(self, seat: _Seat, item: WorkItem) -> None:
+        async with self._room:
+            seat.tasks.pop(item.key, None)
+            if seat.company and not seat.tasks and seat in self._seats:
+                self._seats.remove(seat)
+                await self._dismiss(seat)
+            self._room.notify_all()
+
+    async def _dismiss(self, seat: _Seat) -> None:
+        """A worker for suspects that has no more of them: flushed, and away."""
+        closing = asyncio.ensure_future(seat.actor.close.remote())
+        await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT_S)
+        _forget(closing)
+        ray.kill(seat.actor)
+
+    async def _lose(self, seat: _Seat, reason: str, error: Exception | None = None) -> None:
+        """Once for each lost worker: end it for sure, replace it, have its tail written, tell its tasks."""
+        if seat not in self._seats:
+            await asyncio.wait({seat.lost})
+            return
+        self._seats.remove(seat)
+        is_suspect = not _node_is_dead(seat.node, error)
+        tasks = dict(seat.tasks)
+        ray.kill(seat.actor)  # what is out of reach for a moment only would go on spending
+        if seat.ping is not None:
+            _forget(seat.ping)
+        if not seat.company:
+            self._start(company=0)
+        self._deaths_in_a_row += 1
+        pulse.mark_lost(self._options.run_dir, seat.name, self._options.epoch)
+        fences: Mapping[Key, int] = {key: item.attempt for key, item in tasks.items()}
+        try:
+            await self._checkpoint.release(self._options.writer_prefix(seat.name), fences)
+        finally:
+            seat.lost.set_result(WorkerLost(reason, is_suspect=is_suspect, was_alone=len(tasks) == 1))
+        if self._deaths_in_a_row >= DEATHS_IN_A_ROW:
+            raise InfrastructureError(
+                f"{self._deaths_in_a_row} workers died one after the other without finishing anything, the "
+                f"last with: {reason}; stopped here, the same command goes on"
+            )
+
+    async def _beat(self) -> None:
+        """Asks every worker for a sign of life. Counted in beats of this loop: time in which the driver
+        itself was stopped says nothing of a worker."""
+        patience = max(2, round(self._options.worker_lease_s / BEAT_S))
+        losing: set[asyncio.Task[None]] = set()
+        while True:
+            await asyncio.sleep(min(BEAT_S, self._options.worker_lease_s / 2))
+            for seat in list(self._seats):
+                if seat.ping is None or seat.ping.done():
+                    seat.hear()
+                    seat.ping, seat.missed = asyncio.ensure_future(seat.actor.ping.remote()), 0
+                    continue
+                seat.missed += bool(seat.node)  # unknown: it still starts
+                if seat.missed >= patience:
+                    reason = f"worker hung: no answer for {self._options.worker_lease_s:g} s"
+                    task = asyncio.create_task(self._lose(seat, reason))
+                    losing.add(task)
+                    task.add_done_callback(losing.discard)
+                    task.add_done_callback(_forget)
+
+
+def _again(lost: WorkerLost) -> WorkerLost:
+    """An exception of its own for each task that waits."""
+    return WorkerLost(str(lost), is_suspect=lost.is_suspect, was_alone=lost.was_alone)
+
+
+def _node_is_dead(node: str, error: Exception | None) -> bool:
+    if error is not None and "node has died" in str(error):
+        return True
+    return any(item["NodeID"] == node and not item["Alive"] for item in ray.nodes())
+
+
+def _forget(future: asyncio.Future[Any]) -> None:
+    """Its exception is known, or of no interest."""
+    if future.done() and not future.cancelled():
+        future.exception()
+    elif not future.done():
+        future.add_done_callback(_forget)
+
+
+def last_line(error: Exception) -> str:
+    """The end of Ray's message, where the cause stands."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[-500:]

@@ -1,0 +1,119 @@
+"""What the log has of tasks that did not end: read for a resume and for the next attempt.
+
+Reading means a look over the whole log, so one read serves all who ask at the same time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from ray_app import events
+from ray_app.journal import Note, Record, RecordedCall
+from ray_app.planning import Key
+
+CALL_KINDS = ("model_call", "retrieval", "code")
+NOTE_KINDS = ("turn", "tool_call", "verdict")
+_COLUMNS = (
+    *("kind", "status", "rollout_key", "trial", "attempt", "epoch", "turn", "tool"),
+    *("call_seq", "request_hash", "payload_hash", "role", "alias"),
+)
+
+
+class Recorder:
+    """Gives the record of each task that is asked for; reads the log in a thread, one read at a time."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._touched: set[Key] | None = None
+        self._wanted: dict[Key, asyncio.Future[Record]] = {}
+        self._reading: asyncio.Task[None] | None = None
+
+    async def before(self, key: Key) -> Record:
+        """What earlier commands left of this task; most have nothing, which costs no read."""
+        if self._touched is None:
+            self._touched = touched(self._run_dir)
+        return await self.now(key) if key in self._touched else Record()
+
+    async def now(self, key: Key) -> Record:
+        """What the log has of this task at this moment."""
+        wanted = self._wanted.setdefault(key, asyncio.get_running_loop().create_future())
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._read())
+        return await wanted
+
+    async def _read(self) -> None:
+        while self._wanted:
+            wanted, self._wanted = self._wanted, {}
+            try:
+                found = await asyncio.to_thread(records, self._run_dir, wanted.keys())
+            except Exception as error:
+                for future in wanted.values():
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            for key, future in wanted.items():
+                if not future.done():
+                    future.set_result(found.get(key, Record()))
+
+
+def touched(run_dir: Path) -> set[Key]:
+    """The tasks of which the log has completed calls."""
+    if not (run_dir / "log").exists():
+        return set()
+    return {
+        (row["rollout_key"], row["trial"])
+        for batch in events.read(run_dir, ["kind", "status", "rollout_key", "trial"])
+        for row in batch.to_pylist()
+        if row["kind"] in CALL_KINDS and row["status"] == "ok"
+    }
+
+
+def records(run_dir: Path, keys: Collection[Key]) -> dict[Key, Record]:
+    """The record of each of the (rollout key, trial) pairs that has one."""
+    wanted = set(keys)
+    rows = [
+        row
+        for batch in events.read(run_dir, _COLUMNS)
+        for row in batch.to_pylist()
+        if (row["rollout_key"], row["trial"]) in wanted and not _is_second_opinion(row)
+    ]
+    calls = [row for row in rows if row["kind"] in CALL_KINDS and row["status"] == "ok"]
+    # Where two attempts made the same call, what follows it in the log followed the later one's output.
+    calls.sort(key=lambda row: (row["call_seq"], row["epoch"], row["attempt"]))
+    found: dict[Key, list[RecordedCall]] = {}
+    for key, call in _with_bodies(run_dir, calls):
+        found.setdefault(key, []).append(call)
+    notes: dict[Key, set[Note]] = {}
+    for row in rows:
+        if row["kind"] in NOTE_KINDS:
+            note = (row["kind"], row["turn"], row["tool"])
+            notes.setdefault((row["rollout_key"], row["trial"]), set()).add(note)
+    return {key: Record(tuple(calls), frozenset(notes.get(key, ()))) for key, calls in found.items()}
+
+
+def _is_second_opinion(row: Mapping[str, Any]) -> bool:
+    return row["role"] == "judge" and bool(row["alias"])
+
+
+def _with_bodies(run_dir: Path, rows: list[dict[str, Any]]) -> list[tuple[Key, RecordedCall]]:
+    bodies = events.read_payloads(run_dir, {row["payload_hash"] for row in rows})
+    named = {row["payload_hash"]: _texts(row, bodies) for row in rows if row["kind"] == "retrieval"}
+    texts = events.read_payloads(run_dir, {text for each in named.values() for text in each})
+    found = []
+    for row in rows:
+        body = bodies.get(row["payload_hash"])
+        own = named.get(row["payload_hash"], set())
+        if body is None or not own <= texts.keys():
+            continue  # its payload was lost with its process: the call is made again
+        call = RecordedCall(row["call_seq"], row["request_hash"], body, {name: texts[name] for name in own})
+        found.append(((row["rollout_key"], row["trial"]), call))
+    return found
+
+
+def _texts(row: Mapping[str, Any], bodies: Mapping[str, str]) -> set[str]:
+    hits: list[dict[str, Any]] = json.loads(bodies.get(row["payload_hash"], "[]"))
+    return {hit["text"] for hit in hits}
