@@ -22,7 +22,7 @@ from rich.text import Text
 from analysis.queries import open_run
 from analysis.summary import RunSummary, summarise
 from analysis.text import DASH, duration, plain
-from ray_app import events, pulse
+from ray_app import events, object_store, pulse
 from ray_app.errors import EvalError, RunDirError
 from ray_app.pulse import Call, Status
 
@@ -135,7 +135,7 @@ def status_of(
     progress = _progress(summary, figures, now, is_driven=is_driven)
     problems = _problems(driver, workers if is_driven else [], calls, progress, stuck_after_s)
     return RunStatus(
-        run_dir=str(run_dir),
+        run_dir=object_store.place(run_dir),
         state=_state(driver, problems, is_driven, progress),
         exit_code=1 if problems else 0,
         problems=problems,

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from analysis.numbers import Accounting, Counted, Interval, accounting, wilson_interval
 from analysis.queries import RunLog
+from ray_app import object_store
 
 State = Literal["empty", "not ended", "ended"]
 
@@ -116,7 +117,7 @@ def summarise(log: RunLog) -> RunSummary:
     facts = _facts(log)
     account, notes = _account(log, facts)
     return RunSummary(
-        run_dir=str(log.run_dir),
+        run_dir=object_store.place(log.run_dir),
         state=_state(log),
         facts=facts,
         accounting=account,

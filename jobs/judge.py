@@ -70,7 +70,7 @@ def _say(console: Console, line: str, style: str | None = None) -> None:
 def _show_plan(asked: opinions.JudgePass, console: Console) -> int:
     work = opinions.plan(asked)
     calls = [item for item in work.left if opinions.needs_asking(item, asked)]
-    _say(console, f"Run directory: {asked.job.run_dir}")
+    _say(console, f"Run directory: {object_store.place(asked.job.run_dir)}")
     _say(console, f"Label: {asked.label}; protocol: {asked.job.protocol_label()}")
     _say(
         console,

@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ import pyarrow as pa
 
 from ray_app.errors import StorageError
 from ray_app.events import EVENT_SCHEMA, PAYLOAD_SCHEMA, event_files, payload_files
+from ray_app.object_store import INCOMING, object_name, publish_compacted, store_of
 from ray_app.parquet_file import TEMPORARY, clear_leftovers, delete, publish, unique, write
 from ray_app.table_files import (
     PARQUET,
@@ -65,8 +66,11 @@ class RecoveryReport:
 def recover(run_dir: Path) -> RecoveryReport:
     """Makes Parquet of every stream that dead writers left, keeping each complete batch.
 
-    Raises StorageError; safe to run again. No writer of the run may be alive.
+    Raises StorageError; safe to run again. No writer of the run may be alive. On an object store there is
+    nothing to do: no stream there was ever appended to.
     """
+    if store_of(run_dir) is not None:
+        return RecoveryReport()
     streams = events = payloads = torn_streams = torn_bytes = 0
     for table in _tables(run_dir):
         for path in [path for path in log_files(table.folder) if path.suffix == STREAM]:
@@ -112,8 +116,7 @@ def compact(run_dir: Path) -> None:
         if len(inputs) > 1 or any(not path.name.startswith(COMPACTED) for path in inputs):
             while (schema := _union(table.schema, inputs)) is None:
                 inputs = log_files(table.folder)
-            write(_target(table.folder, f"{COMPACTED}-all"), schema, snapshot(table, schema))
-            delete(inputs)
+            _replace(table, inputs, f"{COMPACTED}-all", schema, snapshot(table, schema))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +130,9 @@ class _Level:
 def _full_levels(folder: Path, min_files: int) -> list[_Level]:
     """Levels with files enough for a merge, lowest first. What `compact` made belongs to none."""
     found: dict[int, list[Path]] = {}
+    is_remote = store_of(folder.parent) is not None  # where each stream is finished, being one flush
     for path in log_files(folder):
-        if path.suffix != PARQUET:
+        if path.suffix != PARQUET and not is_remote:
             continue
         if not path.name.startswith(f"{COMPACTED}-"):
             found.setdefault(0, []).append(path)
@@ -141,8 +145,7 @@ def _merge_files(table: TableFiles, inputs: Sequence[Path], stem: str) -> None:
     schema, gone = _union(table.schema, inputs), set[Path]()
     if schema is not None:
         # A file that another merger deletes meanwhile stands in that one's output, whatever is read here.
-        write(_target(table.folder, stem), schema, distinct(table, inputs, schema, set(), gone))
-        delete(path for path in inputs if path not in gone)
+        _replace(table, inputs, stem, schema, distinct(table, inputs, schema, set(), gone), gone)
 
 
 def _union(schema: pa.Schema, inputs: Iterable[Path]) -> pa.Schema | None:
@@ -160,8 +163,26 @@ def _union(schema: pa.Schema, inputs: Iterable[Path]) -> pa.Schema | None:
         raise StorageError(f"cannot merge the files of the log: {error}") from error
 
 
-def _target(folder: Path, stem: str) -> Path:
-    return folder / f"{stem}-{unique()}{PARQUET}"
+def _replace(
+    table: TableFiles,
+    inputs: Sequence[Path],
+    stem: str,
+    schema: pa.Schema,
+    batches: Iterable[pa.RecordBatch],
+    gone: Collection[Path] = (),
+) -> None:
+    """One file of `batches` in the place of `inputs`, but for those that are `gone` once it is written."""
+    target = table.folder / f"{stem}-{unique()}{PARQUET}"
+    run_dir = table.folder.parent
+    if store_of(run_dir) is None:
+        write(target, schema, batches)
+        delete(path for path in inputs if path not in gone)
+        return
+    made = run_dir / INCOMING / target.name
+    write(made, schema, batches)
+    names = [object_name(f"{table.folder.name}/{path.name}") for path in inputs if path not in gone]
+    publish_compacted(run_dir, made, f"{table.folder.name}/{target.name}", names)
+    made.replace(target)  # a copy of what the bucket has now; the next refresh drops the inputs
 
 
 def _tables(run_dir: Path) -> tuple[TableFiles, TableFiles]:

@@ -21,8 +21,8 @@ from typing import Any
 from rich.console import Console
 
 from ray_app import (
+    compaction,
     engine,
-    event_writer,
     events,
     lease,
     object_store,
@@ -33,6 +33,7 @@ from ray_app import (
     services,
 )
 from ray_app.adopt import Adoption
+from ray_app.compaction import Compactor
 from ray_app.config import RunConfig
 from ray_app.dataset import TaskSet
 from ray_app.errors import ConfigError, EvalError, StorageError, UserError
@@ -304,11 +305,13 @@ async def _drive(
         display.skipped(task_id)
     followed = pulse.Followed(display, work.kept)
     heart = pulse.Pulse(job.run_dir, "driver", epoch=held.epoch, figures=followed.figures)
+    compactor = Compactor.start(job.run_dir, f"e{held.epoch:04d}")
     try:
         tally = await engine.run(work, make_solver, options, log=log, lease=held, watcher=followed, stop=stop)
     finally:
         display.close()
         heart.close()
+        await asyncio.to_thread(compactor.stop)
     log.append(_mark("run_end", options, tally.line()))
     return Ending(tally, options.epoch, caught[0] if caught and tally.pending else None)
 
@@ -357,7 +360,7 @@ def finish(job: Job, ending: Ending, command: Command) -> None:
     from analysis.report import analyse
 
     if ending.tally.pending == 0:
-        event_writer.compact(job.run_dir)
+        compaction.compact(job.run_dir)
     output = analyse(job.run_dir)
     figures = _figures(job, ending, output.run)
     command.console.print(tables.summary_page(output.run))

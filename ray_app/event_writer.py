@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,9 +29,11 @@ from ray_app.compaction import COMPACTED, compact, recover
 from ray_app.errors import StorageError
 from ray_app.event_rows import FIELDS, Body, Row, check, event_batch, fields_of, payload_batch
 from ray_app.events import event_files, payload_files
+from ray_app.object_store import ObjectStore, store_of
 from ray_app.parquet_file import publish, sync_path
 from ray_app.records import Event
 from ray_app.stream_file import StreamFile, sync_all, unsynced
+from ray_app.stream_objects import StreamObjects
 from ray_app.table_files import TableFiles, log_files
 
 __all__ = ["Body", "EventWriter", "Row", "Tap", "compact", "recover"]  # the last two: where they were
@@ -39,6 +42,10 @@ _log = logging.getLogger(__name__)
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _STORED_GENERATION = 32_768  # hashes; two generations are held, some 8 MB of memory
+
+
+# On an object store: seldom enough for its prices, often enough for the promise of 2 s.
+STORE_FLUSH_S = 1.5
 
 
 class Tap(Protocol):
@@ -56,7 +63,8 @@ class EventWriter:
     """Appends events and payloads of one process; thread-safe, and never waits for an event loop.
 
     `writer_id` must be a safe file name that no other process start of this run has used: ids of events
-    are built from it. `metadata` (a benchmark's canary, say) is stored with the schema of every file.
+    are built from it. `metadata` (a benchmark's canary, say) is stored with the schema of every file. Where
+    the run is on an object store each flush is an object, named by `epoch`, and nothing is published.
 
     `append`, `payload` and `adopt` neither wait for storage nor fail for it: while writing fails (a full
     disk), rows stay in memory, `failing_s` and `failure` tell of it, and every timed sync tries again.
@@ -75,15 +83,19 @@ class EventWriter:
         publish_bytes: int = 64 << 20,
         metadata: Mapping[str, str] | None = None,
         tap: Tap | None = None,
+        epoch: int = 0,
     ) -> None:
         self._id = writer_id
+        store = store_of(run_dir)
+        if store is not None:  # each flush is an object there: not for every few rows
+            flush_rows, flush_s = sys.maxsize, max(flush_s, STORE_FLUSH_S)
         self._flush_rows, self._flush_s = flush_rows, flush_s
         self._publish_s, self._publish_bytes = publish_s, publish_bytes
         self._tap = tap
         tables = payload_files(run_dir), event_files(run_dir)
         _check_writer_id(writer_id, tables)
         self._payload_stream, self._event_stream = (
-            StreamFile(table.folder, writer_id, table.schema.with_metadata(metadata)) for table in tables
+            _stream(store, table, writer_id, epoch, metadata) for table in tables
         )
         pa.array([""])  # pyarrow imports pandas at its first conversion (0.4 s): now, not in an event loop
         self._waiting = _Taken()
@@ -213,7 +225,7 @@ class EventWriter:
         if self._tap is not None:
             self._tap.body(body)
 
-    def _streams(self) -> tuple[StreamFile, StreamFile]:
+    def _streams(self) -> tuple[StreamFile | StreamObjects, StreamFile | StreamObjects]:
         return self._payload_stream, self._event_stream
 
     def _write(self) -> None:
@@ -334,6 +346,19 @@ class _Recent:
             self._new, self._old = set(), self._new
         self._new.add(key)
         return key not in self._old
+
+
+def _stream(
+    store: ObjectStore | None,
+    table: TableFiles,
+    writer_id: str,
+    epoch: int,
+    metadata: Mapping[str, str] | None,
+) -> StreamFile | StreamObjects:
+    schema = table.schema.with_metadata(metadata)
+    if store is None:
+        return StreamFile(table.folder, writer_id, schema)
+    return StreamObjects(store, table.folder.name, epoch, writer_id, schema)
 
 
 def _check_writer_id(writer_id: str, tables: Iterable[TableFiles]) -> None:

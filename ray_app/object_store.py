@@ -45,7 +45,7 @@ _RELISTS = 20  # a listing is outdated once per compaction that ends during it
 _CONFLICTS = 3
 _ONE_PUT_BYTES = 8 << 20  # above, in parts: one put takes 5 GB at most, and is slower
 _LEFT_BEHIND_S = 3600.0
-_INCOMING = ".incoming"
+INCOMING = ".incoming"
 _CHANGING = ("lease", "status", "analysis", "logs")
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -287,13 +287,13 @@ def _refused(url: str, name: str, response: Mapping[str, Any], words: str) -> St
 
 def is_url(run: str | Path) -> bool:
     """Whether `run` names an object store; a Path has lost one of the two slashes."""
-    return re.match(r"s3:/", str(run)) is not None
+    return re.match(r"s3:(/|$)", str(run)) is not None
 
 
 def canonical(url: str | Path) -> str:
     """`s3://bucket/prefix` in its one spelling. Raises RunDirError where it names no bucket."""
     bucket, *path = [part for part in re.sub(r"^s3:/+", "", str(url)).split("/") if part] or [""]
-    if not is_url(url) or not bucket or re.match(r"s3:///", str(url)):
+    if not is_url(url) or bucket in {"", "s3:"} or re.match(r"s3:///", str(url)):
         raise RunDirError(f"run {url}: expected s3://BUCKET/PREFIX")
     if {".", ".."} & set(path):
         raise RunDirError(f"run {url}: expected a prefix without . and ..")
@@ -307,7 +307,7 @@ def attach(url: str | Path) -> Path:
     mirror = rundir.home() / "mirrors" / f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     if not (mirror / MARKER).exists():
         try:
-            for folder in (_INCOMING, *TABLES):
+            for folder in (INCOMING, *TABLES):
                 (mirror / folder).mkdir(parents=True, exist_ok=True)
             temporary = _temporary(mirror)
             temporary.write_text(json.dumps({"url": name}) + "\n")
@@ -428,7 +428,7 @@ class _Mirror:
         self._folder, self._store = folder, store
 
     def refresh(self, prefixes: Collection[str] | None) -> None:
-        (self._folder / _INCOMING).mkdir(exist_ok=True)
+        (self._folder / INCOMING).mkdir(exist_ok=True)
         self._clean()
         for _ in range(_RELISTS):
             if self._round(prefixes):
@@ -540,7 +540,7 @@ class _Mirror:
 
     def _clean(self) -> None:
         """Delete what downloads of killed processes left."""
-        for path in (self._folder / _INCOMING).iterdir():
+        for path in (self._folder / INCOMING).iterdir():
             with suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > _LEFT_BEHIND_S:
                     path.unlink()
@@ -551,4 +551,4 @@ def _is_table(name: str) -> bool:
 
 
 def _temporary(mirror: Path) -> Path:
-    return mirror / _INCOMING / uuid.uuid4().hex
+    return mirror / INCOMING / uuid.uuid4().hex

@@ -42,7 +42,7 @@ class Options:
         """A log writer of its own for each process start, whatever else writes to this run."""
         writer_id = f"{self.writer_prefix(name)}{uuid.uuid4().hex[:8]}"
         metadata = {"canary": self.canary} if self.canary else None
-        return EventWriter(self.run_dir, writer_id, metadata=metadata, tap=tap)
+        return EventWriter(self.run_dir, writer_id, metadata=metadata, tap=tap, epoch=self.epoch)
 
     def writer_prefix(self, name: str) -> str:
         """How the ids of all writers of the process `name` begin, in this epoch."""

@@ -160,7 +160,7 @@ class WorkerPool:
         for task in closing:
             _forget(task)
         for seat in self._seats:
-            ray.kill(seat.actor)
+            _end(seat)
 
     async def _take_seat(self, item: WorkItem, deaths: int) -> _Seat:
         """A place for `item`: the least busy ordinary worker, or one that suspects share."""
@@ -196,7 +196,7 @@ class WorkerPool:
         closing = asyncio.ensure_future(seat.actor.close.remote())
         await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT_S)
         _forget(closing)
-        ray.kill(seat.actor)
+        _end(seat)
 
     async def _lose(self, seat: _Seat, reason: str, error: Exception | None = None) -> None:
         """Once for each lost worker: end it for sure, replace it, have its tail written, tell its tasks."""
@@ -206,9 +206,7 @@ class WorkerPool:
         self._seats.remove(seat)
         is_suspect = not _node_is_dead(seat.node, error)
         tasks = dict(seat.tasks)
-        ray.kill(seat.actor)  # what is out of reach for a moment only would go on spending
-        if seat.ping is not None:
-            _forget(seat.ping)
+        _end(seat)  # what is out of reach for a moment only would go on spending
         if not seat.company:
             self._start(company=0)
         self._deaths_in_a_row += 1
@@ -243,6 +241,12 @@ class WorkerPool:
                     losing.add(task)
                     task.add_done_callback(losing.discard)
                     task.add_done_callback(_forget)
+
+
+def _end(seat: _Seat) -> None:
+    if seat.ping is not None:
+        _forget(seat.ping)
+    ray.kill(seat.actor)
 
 
 def _again(lost: WorkerLost) -> WorkerLost:

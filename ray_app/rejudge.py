@@ -256,7 +256,8 @@ async def _judge_all(
 ) -> Tally:
     config, canary = asked.job.config, asked.job.data.canary
     writer_id = f"e{held.epoch:04d}-judge-{uuid.uuid4().hex[:8]}"
-    log = EventWriter(asked.job.run_dir, writer_id, metadata={"canary": canary} if canary else None)
+    metadata = {"canary": canary} if canary else None
+    log = EventWriter(asked.job.run_dir, writer_id, metadata=metadata, epoch=held.epoch)
     router, tally, waiting = _router(asked), Tally(held.epoch, len(left)), iter(left)
     bench = _Bench(asked, Caller(router, config.models), log, held, tally, say)
     workers = [asyncio.create_task(bench.work(waiting)) for _ in range(min(config.concurrency, len(left)))]

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 import pyarrow as pa
 
@@ -106,7 +107,13 @@ class StreamFile:
         return self._fd
 
 
-def unsynced(streams: Iterable[StreamFile]) -> tuple[list[int], OSError | None]:
+class Stream(Protocol):
+    """What is written of it may have to be synced."""
+
+    def unsynced(self) -> list[int]: ...
+
+
+def unsynced(streams: Iterable[Stream]) -> tuple[list[int], OSError | None]:
     """Descriptors of all streams to sync and close, and what kept one from giving its own."""
     found: list[int] = []
     try:

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ray_app.errors import StorageError
+from ray_app.object_store import refresh
 
 STREAM, PARQUET = ".arrows", ".parquet"
 _BATCH_ROWS, _BATCH_BYTES = 65_536, 16 << 20
@@ -49,8 +50,9 @@ def log_files(folder: Path) -> list[Path]:
     """Every file of a table, streams before Parquet, none missed while files replace one another.
 
     A directory listing may skip both a file deleted and one created while it runs, so it counts only
-    when a second one shows the same names.
+    when a second one shows the same names. The mirror of an object store is brought up to it first.
     """
+    refresh(folder.parent, (folder.name,))
     before, now = None, _names(folder)
     while before != now:
         before, now = now, _names(folder)

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -53,7 +54,7 @@ def test_a_cut_stream_gives_every_batch_before_the_cut(tmp_path: Path) -> None:
     log.mkdir(parents=True)
     (tmp_path / "cut" / "payloads").mkdir()
     edges = [end + step for end in ends for step in (-1, 0, 1) if 0 <= end + step <= len(whole)]
-    for cut in [*edges, *random.Random(0).choices(range(len(whole)), k=200)]:
+    for cut in [*edges, *random.Random(0).choices(range(len(whole)), k=60)]:
         (log / "w-000000.arrows").write_bytes(whole[:cut])
         complete = sum(end <= cut for end in ends[1:])
         assert read_numbers(tmp_path / "cut") == list(range(complete)), cut
@@ -115,8 +116,9 @@ def test_snapshots_during_a_run_never_lose_double_or_go_back(tmp_path: Path) -> 
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
-        before, sizes = 0, set()
-        for _ in range(300):
+        before, looks, sizes = 0, 0, set()
+        while looks < 120 or len(sizes) < 20:  # of a log that grows
+            looks += 1
             rows = read_rows(tmp_path, "call_seq", "payload_hash")
             assert sorted(row["call_seq"] for row in rows) == list(range(len(rows)))
             assert len(rows) >= before
@@ -126,7 +128,6 @@ def test_snapshots_during_a_run_never_lose_double_or_go_back(tmp_path: Path) -> 
             assert set(events.read_payloads(tmp_path, newest)) == newest
         process.stdin.close()
         written = int(process.stdout.read())
-    assert len(sizes) > 20
     assert read_numbers(tmp_path) == list(range(written))
     assert len(list((tmp_path / "log").iterdir())) == len(list((tmp_path / "payloads").iterdir())) == 1
 
@@ -191,16 +192,16 @@ def _write_parts(run_dir: Path, count: int, start: int = 0, rows: int = 3) -> No
 
 def test_files_of_one_level_are_merged_and_what_was_merged_waits_for_its_like(tmp_path: Path) -> None:
     writes = 0
-    for number in range(27):
+    for number in range(9):
         _write_parts(tmp_path, 1, number)
         before = set(names(tmp_path / "log"))
         merge(tmp_path, name="e0001", min_files=3)
         made = set(names(tmp_path / "log")) - before
         writes += sum(pq.read_metadata(tmp_path / "log" / name).num_rows for name in made)
         assert read_numbers(tmp_path) == list(range(3 * (number + 1)))
-    assert [name[:18] for name in names(tmp_path / "log")] == ["compacted-e0001-L3"]
-    # Each row once per level (3, 9 and 27 files); of three levels at once the reader saw the last.
-    assert 27 * 3 <= writes <= 3 * 27 * 3
+    assert [name[:18] for name in names(tmp_path / "log")] == ["compacted-e0001-L2"]
+    # Each row once per level (3 and 9 files); of two levels at once the reader saw the last.
+    assert 9 * 3 <= writes <= 2 * 9 * 3
     assert len(names(tmp_path / "payloads")) == 1
 
 
@@ -236,19 +237,23 @@ def test_an_unsafe_name_or_a_merge_without_end_is_refused(tmp_path: Path, name: 
         merge(tmp_path, name=name, min_files=min_files)
 
 
-def _start_merge(run_dir: Path, name: str, min_files: int = 4) -> subprocess.Popen[str]:
+@contextmanager
+def _merging(run_dir: Path, name: str, min_files: int = 4) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "ray_app.compaction", str(run_dir), "--name", name]
     command += ["--min-files", str(min_files)]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()  # one that was stopped would never end
 
 
 def _write_large_parts(run_dir: Path) -> list[str]:
     """Four files whose merge takes a while; returns the payloads' hashes."""
-    keys = []
+    keys: list[str] = []
     for number in range(4):
         writer = make_writer(run_dir, f"w{number}")
-        keys += [writer.payload(random.Random(number).randbytes(1 << 20).hex()) for _ in range(1)]
-        keys += [writer.payload(os.urandom(1 << 20).hex()) for _ in range(7)]
+        keys += [writer.payload(os.urandom(1 << 19).hex()) for _ in range(8)]
         for index, key in enumerate(keys[-8:]):
             writer.append(turn(8 * number + index, payload_hash=key))
         writer.close()
@@ -265,7 +270,7 @@ def _leftovers(run_dir: Path) -> list[Path]:
 
 def test_a_merger_that_wakes_up_late_neither_loses_nor_doubles(tmp_path: Path) -> None:
     keys = _write_large_parts(tmp_path)
-    with _start_merge(tmp_path, "old") as stale:
+    with _merging(tmp_path, "old") as stale:
         until(lambda: _leftovers(tmp_path))
         os.kill(stale.pid, signal.SIGSTOP)
         merge(tmp_path, name="new", min_files=4)
@@ -281,7 +286,7 @@ def test_a_merger_that_wakes_up_late_neither_loses_nor_doubles(tmp_path: Path) -
 
 def test_a_merger_that_wakes_up_after_the_end_of_the_run_does_no_harm(tmp_path: Path) -> None:
     keys = _write_large_parts(tmp_path)
-    with _start_merge(tmp_path, "old") as stale:
+    with _merging(tmp_path, "old") as stale:
         until(lambda: _leftovers(tmp_path))
         os.kill(stale.pid, signal.SIGSTOP)
         compact(tmp_path)
@@ -295,8 +300,8 @@ def test_a_merger_that_wakes_up_after_the_end_of_the_run_does_no_harm(tmp_path: 
 
 def test_a_killed_merge_loses_nothing_and_the_next_clears_what_it_left(tmp_path: Path) -> None:
     keys = _write_large_parts(tmp_path)
-    for delay_s in (0.0, 0.05, 0.1, 0.2):
-        with _start_merge(tmp_path, "e0001") as process:
+    for delay_s in (0.0, 0.1):
+        with _merging(tmp_path, "e0001") as process:
             until(lambda: _leftovers(tmp_path) or process.poll() is not None)
             time.sleep(delay_s)
             process.kill()
@@ -338,7 +343,7 @@ def test_snapshots_while_two_mergers_work_at_once_never_lose_double_or_go_back(t
         for thread in threads:
             thread.start()
         before = 0
-        for _ in range(100):
+        for _ in range(60):
             seen = read_numbers(tmp_path)
             assert seen == list(range(len(seen)))
             assert len(seen) >= before
@@ -348,7 +353,7 @@ def test_snapshots_while_two_mergers_work_at_once_never_lose_double_or_go_back(t
     is_over.set()
     for thread in threads:
         thread.join()
-    assert min(merges.values()) > 3
+    assert min(merges.values()) > 0
     compact(tmp_path)
     assert read_numbers(tmp_path) == list(range(written))
 

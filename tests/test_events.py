@@ -15,6 +15,7 @@ import pytest
 from ray_app import events
 from ray_app.compaction import compact, merge, recover
 from ray_app.errors import RunDirError, StorageError
+from ray_app.parquet_file import publish
 from ray_app.records import Event
 from ray_app.table_files import PARQUET, STREAM
 from tests.event_logs import FULL, make_writer, names, read_numbers, read_rows, result, turn, write_file
@@ -225,3 +226,50 @@ def test_sql_sees_new_rows_while_the_writer_works(tmp_path: Path) -> None:
             outcome = connection.execute("select outcome from results").fetchall()
             assert outcome == [("ok" if number else "owed",)]
     writer.close()
+
+
+def test_rows_are_picked_by_the_values_of_columns(tmp_path: Path) -> None:
+    writer = make_writer(tmp_path)
+    for number in range(6):
+        kind, status = ("code", "turn")[number % 2], ("ok", "error")[number // 3]
+        writer.append(turn(number, kind=kind, status=status, rollout_key=f"r{number}"))
+        if number == 2:
+            writer.flush()
+    columns = {"schema_version": [1], "event_id": ["old-0"], "call_seq": [9]}  # without a kind
+    write_file(tmp_path / "log" / "old-000000.parquet", columns, _schema(columns))
+    everything = {f"r{number}" for number in range(1000)}
+    for step in (writer.flush, writer.close, lambda: compact(tmp_path)):
+        step()
+
+        def picked(**where: Any) -> list[int]:
+            found = events.read(tmp_path, ["call_seq"], where=where).read_all()
+            return sorted(found["call_seq"].to_pylist())
+
+        assert picked(kind={"code"}) == [0, 2, 4]
+        assert picked(kind=["code", "turn"], status={"ok"}) == [0, 1, 2]
+        assert picked(kind={"code"}, rollout_key=everything) == [0, 2, 4]
+        assert picked(call_seq={5, 9}) == [5, 9]
+        assert picked(kind=()) == []
+    with pytest.raises(ValueError, match="novel"):
+        events.read(tmp_path, where={"novel": {1}})
+
+
+def test_a_writer_that_goes_on_while_others_are_relisted_leaves_no_hole(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    for writer_id in ("a", "b", "c"):
+        writer = make_writer(tmp_path, writer_id, publish_s=3600.0)
+        writer.append(turn(0))
+        writer.flush()
+    first = log / "a-000000.arrows"
+    row = {"schema_version": [1], "event_id": ["a-1"], "call_seq": [1]}
+    batches = iter(events.read(tmp_path, ["event_id"]))
+    seen = [next(batches)["event_id"][0].as_py(), next(batches)["event_id"][0].as_py()]
+    assert seen == ["a-0", "b-0"]
+    # `a` writes on, ends its part, begins the next; `c` is published before it was read.
+    write_file(tmp_path / "more" / first.name, row, _schema(row))
+    (tmp_path / "more" / first.name).rename(first)
+    row["event_id"] = ["a-2"]
+    write_file(log / "a-000001.arrows", row, _schema(row))
+    publish(log / "c-000000.arrows")
+    seen += [event_id for batch in batches for event_id in batch["event_id"].to_pylist()]
+    assert sorted(seen) == ["a-0", "a-1", "a-2", "b-0", "c-0"]

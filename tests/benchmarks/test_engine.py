@@ -89,7 +89,7 @@ def test_a_real_run_is_clocked_and_metered_to_its_last_commit(tmp_path: Path) ->
     assert 0.1 < ran.ratio < 1.02
     assert len(ran.lateness_s) == len(ran.meter.waits_s) == TINY.calls
     assert min(ran.lateness_s) > -0.002
-    assert {"driver", "workers", "raylet", "GCS"} <= ran.cpu_ms.keys()
+    assert {"driver", "workers", "checkpoint actor", "raylet", "GCS"} <= ran.cpu_ms.keys()
     assert ran.meter.log_bytes > TINY.text_bytes
     assert bare.meter.log_bytes < ran.meter.log_bytes - TINY.text_bytes
     assert planning_s(TINY, tmp_path / "run") > 0

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks import log
+from benchmarks.figures import Figure
 from tests.event_logs import write_part
 
 
@@ -57,3 +58,8 @@ def test_readers_writers_and_mergers_at_once(tmp_path: Path) -> None:
     assert told["snapshots"] == told["with streams"] == 60
     assert told["rows"] > 20
     assert told["merges"] > 0
+
+
+def test_a_figure_that_must_be_nothing_misses_with_one() -> None:
+    assert Figure("lost", 0, "==", 0).is_reached
+    assert not Figure("lost", 1, "==", 0).is_reached
