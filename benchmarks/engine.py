@@ -29,7 +29,7 @@ import ray
 import typer
 
 from benchmarks import deaths
-from benchmarks import log as log_files
+from benchmarks import log as event_log
 from benchmarks.figures import Figure, report
 from benchmarks.load import Load, MakeSolver, StubSolver
 from benchmarks.session import Snapshot, cpu_s, held_bytes, snapshot
@@ -37,10 +37,10 @@ from benchmarks.stub_model import USAGE, Behaviour, serving
 from ray_app import engine, events, lease, planning
 from ray_app.chat import ChatRequest
 from ray_app.event_writer import EventWriter
-from ray_app.events import PARQUET
 from ray_app.journal import Journal
 from ray_app.options import Options
 from ray_app.records import ChatReply, Event, TaskResult, Verdict
+from ray_app.table_files import PARQUET, log_files
 
 WORKERS = 2
 REPLY_BYTES = 1000
@@ -166,7 +166,7 @@ def _calls(load: Load, run_dir: Path) -> list[tuple[float, float]]:
 
 def logged_bytes(run_dir: Path) -> int:
     """What the log holds before compression: streams as they are, Parquet as its columns in memory."""
-    found = [path for table in ("log", "payloads") for path in events.log_files(run_dir / table)]
+    found = [path for table in ("log", "payloads") for path in log_files(run_dir / table)]
     parts = [pq.read_table(path).nbytes if path.suffix == PARQUET else path.stat().st_size for path in found]
     return sum(parts)
 
@@ -340,7 +340,7 @@ def measure(sizes: Sizes) -> Figures:
     # Sessions and processes of their own, which die.
     is_quick = sizes is QUICK
     yield from deaths.measure(deaths.QUICK if is_quick else deaths.FULL, seed=1)
-    yield from log_files.measure(log_files.QUICK if is_quick else log_files.FULL)
+    yield from event_log.measure(event_log.QUICK if is_quick else event_log.FULL)
 
 
 def main(

@@ -36,7 +36,7 @@ BATCHES, ROWS = 3, 2  # of the stream that is cut
 WRITERS, READERS, MERGERS = 3, 2, 2
 FLUSH_ROWS = 3
 # Not as fast as they can: the readers are to get their share of two cores.
-WRITE_EVERY_S, PUBLISH_S, MERGE_EVERY_S, MIN_FILES = 0.03, 0.4, 0.2, 3
+WRITE_EVERY_S, PUBLISH_S, MERGE_EVERY_S, MIN_FILES = 0.05, 0.4, 0.4, 3
 START_S = 60.0
 PAYLOADS_EVERY = 25  # snapshots: reading bodies says little more, and takes as long again
 Figures = Iterator[Figure]

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from ray.exceptions import RayError
 
 from ray_app import lease
-from ray_app.checkpoint import Ack, Mark
+from ray_app.checkpoint import Ack, Mark, pack
 from ray_app.errors import InfrastructureError, StorageError
 from ray_app.event_writer import EventWriter
 from ray_app.events import EVENT_SCHEMA
@@ -184,10 +184,9 @@ class Committer:
 
     async def _ask(self, last: int, marks: Any, blob: bytes) -> Ack:
         synced = self._log.synced
+        packed = pack(self._options.epoch, self._id, synced, last, marks, blob)
         async with asyncio.timeout(ACTOR_TIMEOUT_S):
-            ack: Ack = await self._actor.commit.remote(
-                self._options.epoch, self._id, synced, last, marks, blob
-            )
+            ack: Ack = pickle.loads(await self._actor.commit.remote(packed))
         self._told = synced
         return ack
 

@@ -18,22 +18,7 @@ import pyarrow.compute as pc
 
 from ray_app.errors import RunDirError
 from ray_app.records import Event
-from ray_app.table_files import PARQUET, TableFiles, Where, conform, log_files, relaxed, snapshot
-
-__all__ = [
-    "EVENT_SCHEMA",
-    "PARQUET",
-    "PAYLOAD_SCHEMA",
-    "SCHEMA_VERSION",
-    "SECOND_OPINION",
-    "connect",
-    "event_files",
-    "log_files",
-    "payload_files",
-    "read",
-    "read_payloads",
-    "results",
-]
+from ray_app.table_files import TableFiles, Where, conform, relaxed, snapshot
 
 SCHEMA_VERSION = 1
 # Rows of a judge-only pass (`rejudge.py`): evidence of their own, which no figure of the run counts.

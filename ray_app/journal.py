@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from ray_app.errors import EvalError, InfrastructureError, kind_of
@@ -31,6 +31,13 @@ from ray_app.records import (
 )
 
 T = TypeVar("T")
+
+# Of an event: what an attempt's rows have in common.
+_BASE = (
+    *("run_id", "epoch", "rollout_key", "judge_key", "task_id", "trial", "attempt"),
+    *("category", "answer_type", "worker"),
+)
+_REPLY, _USAGE = (tuple(field.name for field in fields(kind)) for kind in (ChatReply, Usage))
 
 
 class EventSink(Protocol):
@@ -127,6 +134,8 @@ class Journal:
         self._known = {(call.call_seq, call.request_hash): call for call in self.record.calls}
         self.record = Record(notes=self.record.notes)  # each body leaves when it is served
         self._is_replaying = False
+        # What all rows share: a row is made for each call, and `dataclasses.replace` costs ten times as much.
+        self._base = {name: getattr(self.base, name) for name in _BASE}
         self.started = self.timer()
 
     async def call(
@@ -152,14 +161,15 @@ class Journal:
             return self._counted(codec.decode(known.body, known.texts))
         self._is_replaying = False
         await self._admitted()
-        row = self._row(codec.kind, seq, role, request_hash)
+        row = self._row(codec.kind, call_seq=seq, role=role, request_hash=request_hash)
         started = self.timer()
         try:
             output = await self._watched(row, request, perform)
         except BaseException as error:  # a cancelled call may have been paid for too
-            self.sink.append(_failed(replace(row, duration_s=self.timer() - started), error))
+            row.duration_s = self.timer() - started
+            self.sink.append(_failed(row, error))
             raise
-        row = replace(row, duration_s=self.timer() - started)
+        row.duration_s = self.timer() - started
         self.live_model_calls += codec.kind == "model_call"
         self._counted(output)
         try:
@@ -201,25 +211,20 @@ class Journal:
         duration = 0.0 if started is None else self.timer() - started
         tool = columns.get("tool", self.tool)
         is_replayed = self._is_replaying and (kind, self.turn, tool) in self.record.notes
-        row = replace(self._row(kind, -1, "", ""), is_replayed=is_replayed)
-        self.sink.append(replace(row, t_start=row.t_start - duration, duration_s=duration, **columns))
+        row = self._row(kind, is_replayed=is_replayed, duration_s=duration, **columns)
+        row.t_start -= duration
+        self.sink.append(row)
 
-    def _row(self, kind: EventKind, seq: int, role: Role, request_hash: str) -> Event:
-        return replace(
-            self.base,
-            kind=kind,
-            t_start=self.clock(),
-            turn=self.turn,
-            call_seq=seq,
-            role=role,
-            tool=self.tool,
-            alias=self.alias,
-            request_hash=request_hash,
-        )
+    def _row(self, kind: EventKind, **columns: Any) -> Event:
+        place = {"turn": self.turn, "tool": self.tool, "alias": self.alias}
+        return Event(**{**self._base, "kind": kind, "t_start": self.clock(), **place, **columns})
 
     def _write(self, codec: Codec[T], row: Event, output: T) -> None:
         body = codec.encode(output, lambda text: self.sink.payload(text, "text"))
-        self.sink.append(replace(row, payload_hash=self.sink.payload(body), **codec.columns(output)))
+        row.payload_hash = self.sink.payload(body)
+        for name, value in codec.columns(output).items():
+            setattr(row, name, value)
+        self.sink.append(row)
 
     def _counted(self, output: T) -> T:
         if isinstance(output, ChatReply):
@@ -238,12 +243,17 @@ class Journal:
 
 def _failed(row: Event, error: BaseException) -> Event:
     message = str(error) if isinstance(error, EvalError) else f"{type(error).__name__}: {error}"
-    retries = getattr(error, "retries", 0)
-    return replace(row, status="error", error_kind=kind_of(error), error=message[:2000], retries=retries)
+    row.status, row.error_kind, row.error = "error", kind_of(error), message[:2000]
+    row.retries = getattr(error, "retries", 0)
+    return row
 
 
 def _encode_chat(reply: ChatReply, keep: Callable[[str], str]) -> str:
-    return json.dumps(asdict(reply), ensure_ascii=False)
+    # By hand: `asdict` copies what it finds, at the price of all the rest of a row.
+    value = {name: getattr(reply, name) for name in _REPLY}
+    value["usage"] = {name: getattr(reply.usage, name) for name in _USAGE}
+    value["tool_calls"] = [asdict(call) for call in reply.tool_calls]
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _decode_chat(body: str, texts: Mapping[str, str]) -> ChatReply:

@@ -16,6 +16,7 @@ from ray_app.journal import Note, Record, RecordedCall
 from ray_app.planning import Key
 
 CALL_KINDS = ("model_call", "retrieval", "code")
+COMPLETED = {"kind": CALL_KINDS, "status": {"ok"}}
 NOTE_KINDS = ("turn", "tool_call", "verdict")
 _COLUMNS = (
     *("kind", "status", "rollout_key", "trial", "attempt", "epoch", "turn", "tool"),
@@ -66,18 +67,18 @@ def touched(run_dir: Path) -> set[Key]:
         return set()
     return {
         (row["rollout_key"], row["trial"])
-        for batch in events.read(run_dir, ["kind", "status", "rollout_key", "trial"])
+        for batch in events.read(run_dir, ["rollout_key", "trial"], where=COMPLETED)
         for row in batch.to_pylist()
-        if row["kind"] in CALL_KINDS and row["status"] == "ok"
     }
 
 
 def records(run_dir: Path, keys: Collection[Key]) -> dict[Key, Record]:
     """The record of each of the (rollout key, trial) pairs that has one."""
     wanted = set(keys)
+    where = {"kind": (*CALL_KINDS, *NOTE_KINDS), "rollout_key": {rollout for rollout, _ in wanted}}
     rows = [
         row
-        for batch in events.read(run_dir, _COLUMNS)
+        for batch in events.read(run_dir, _COLUMNS, where=where)
         for row in batch.to_pylist()
         if (row["rollout_key"], row["trial"]) in wanted and not _is_second_opinion(row)
     ]

@@ -1,4 +1,5 @@
-"""The values that travel between modules: frozen, picklable, free of behaviour that does IO.
+"""The values that travel between modules: frozen (but for `Event`, a row in the making, of which there are
+thousands a second), picklable, free of behaviour that does IO.
 
 `Event` is one row of the event log (`events.py` holds the matching Arrow schema). Ids that come
 from data stay data: nothing here turns one into a path.
@@ -167,10 +168,11 @@ class TaskResult:
     answer_type: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Event:
-    """One row of the event log. `t_start` is wall time (Unix seconds), `*_s` are monotonic spans.
+    """One row of the event log, not to be changed once it is appended.
 
+    `t_start` is wall time (Unix seconds), `*_s` are monotonic spans.
     `payload_hash` points into the payload table; `request_hash` is the digest of what was asked, so
     that a replay can tell whether a recorded reply still answers the same request.
     """

@@ -55,7 +55,7 @@ def mark(attempt: int, call_seq: int, event_id: str = "") -> Mark:
 
 
 def is_taken(store: Checkpoint, *marks: Mark, epoch: int = 1) -> bool:
-    return store.commit(epoch, "w", 0, 1, marks, b"").refused == ()
+    return store.take(epoch, "w", 0, 1, marks, b"").refused == ()
 
 
 def test_a_call_is_taken_once_and_only_from_the_newest_attempt(run_dir: Path) -> None:
@@ -66,7 +66,7 @@ def test_a_call_is_taken_once_and_only_from_the_newest_attempt(run_dir: Path) ->
     assert not is_taken(store, mark(1, 0, "another"))
     assert is_taken(store, mark(2, 0)), "a newer attempt may begin anywhere"
     assert not is_taken(store, mark(1, 2))
-    assert store.commit(1, "w", 0, 1, [mark(1, 2), mark(1, 3)], b"").refused == (KEY,)
+    assert store.take(1, "w", 0, 1, [mark(1, 2), mark(1, 3)], b"").refused == (KEY,)
 
 
 def test_an_attempt_that_is_over_commits_no_call_and_its_result_counts(run_dir: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_result_of_a_replaced_attempt_is_refused(run_dir: Path) -> None:
 def test_finished_tasks_leave(run_dir: Path) -> None:
     store = checkpoint(run_dir)
     for number in range(50):
-        store.commit(1, "w", 0, number, [(f"task-{number}", 0, 1, 0, f"event-{number}")], b"")
+        store.take(1, "w", 0, number, [(f"task-{number}", 0, 1, 0, f"event-{number}")], b"")
     assert store.holds()["live"] == 50
     store.finish(1, {(f"task-{number}", 0): 1 for number in range(50)})
     assert store.holds()["live"] == 0
@@ -96,7 +96,7 @@ def test_finished_tasks_leave(run_dir: Path) -> None:
 def test_an_older_epoch_is_told_of_the_newer_one_and_changes_nothing(run_dir: Path) -> None:
     store = checkpoint(run_dir)
     assert store.open(3, {}).epoch == 3
-    ack = store.commit(1, "w", 0, 1, [mark(1, 0)], b"late")
+    ack = store.take(1, "w", 0, 1, [mark(1, 0)], b"late")
     assert (ack.epoch, store.holds()) == (3, {"live": 0, "groups": 0, "bytes": 0})
     assert store.finish(1, {KEY: 9}).epoch == 3
     assert store.open(2, {KEY: 9}).epoch == 3
@@ -107,19 +107,19 @@ def test_an_older_epoch_is_told_of_the_newer_one_and_changes_nothing(run_dir: Pa
 def test_a_restarted_actor_knows_the_epoch_from_storage(run_dir: Path) -> None:
     (run_dir / "lease" / "epoch-000007.json").write_text("{}")
     store = Checkpoint(Options(run_dir, "run", 1, 4, 2, 3), "unnamed")
-    assert store.commit(1, "w", 0, 1, [mark(1, 0)], b"late").epoch == 7
+    assert store.take(1, "w", 0, 1, [mark(1, 0)], b"late").epoch == 7
 
 
 def test_what_storage_has_leaves(run_dir: Path) -> None:
     store = checkpoint(run_dir)
     for last in (3, 5, 9):
-        store.commit(1, "w", 0, last, [], b"1234")
+        store.take(1, "w", 0, last, [], b"1234")
     assert store.holds() == {"live": 0, "groups": 3, "bytes": 12}
-    store.commit(1, "w", 4, 9, [], b"")
+    store.take(1, "w", 4, 9, [], b"")
     assert store.holds()["groups"] == 2, "a group of which storage lacks a row stays"
-    store.commit(1, "other", 9, 9, [], b"")
+    store.take(1, "other", 9, 9, [], b"")
     assert store.holds()["groups"] == 2, "each writer counts its own rows"
-    store.commit(1, "w", 9, 9, [], b"")
+    store.take(1, "w", 9, 9, [], b"")
     assert store.holds()["groups"] == 0
 
 
@@ -128,7 +128,7 @@ def test_a_tail_is_written_as_its_worker_would_have_and_doubles_do_not_show(run_
     worker = EventWriter(run_dir, "e0001-w001-x", flush_s=3600, tap=tap)
     body = worker.payload("the reply")
     ids = [worker.append(Event("model_call", 1.0, call_seq=n, payload_hash=body)) for n in range(3)]
-    store.commit(1, "e0001-w001-x", 0, 3, [], tap.blob())
+    store.take(1, "e0001-w001-x", 0, 3, [], tap.blob())
     assert _ids(run_dir) == []
     assert store.drain("e0001-w002-") == 0, "another worker's"
     assert store.drain("e0001-w001-") == 1
@@ -144,7 +144,7 @@ def test_an_old_tail_is_written_by_itself(run_dir: Path, monkeypatch: pytest.Mon
     store, tap = checkpoint(run_dir), Tap()
     worker = EventWriter(run_dir, "e0001-w001-x", flush_s=3600, tap=tap)
     event_id = worker.append(Event("model_call", 1.0, call_seq=0))
-    store.commit(1, "e0001-w001-x", 0, 1, [], tap.blob())
+    store.take(1, "e0001-w001-x", 0, 1, [], tap.blob())
     while store.holds()["groups"]:  # the suite's own time limit ends this if it never comes
         pass
     assert _ids(run_dir) == [event_id]

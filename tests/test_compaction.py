@@ -116,7 +116,7 @@ def test_snapshots_during_a_run_never_lose_double_or_go_back(tmp_path: Path) -> 
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
-        before, looks, sizes = 0, 0, set()
+        before, looks, sizes = 0, 0, set[int]()
         while looks < 120 or len(sizes) < 20:  # of a log that grows
             looks += 1
             rows = read_rows(tmp_path, "call_seq", "payload_hash")
@@ -343,7 +343,7 @@ def test_snapshots_while_two_mergers_work_at_once_never_lose_double_or_go_back(t
         for thread in threads:
             thread.start()
         before = 0
-        for _ in range(60):
+        for _ in range(30):
             seen = read_numbers(tmp_path)
             assert seen == list(range(len(seen)))
             assert len(seen) >= before
@@ -361,7 +361,7 @@ def test_snapshots_while_two_mergers_work_at_once_never_lose_double_or_go_back(t
 def test_a_compactor_merges_in_a_process_of_its_own(tmp_path: Path) -> None:
     _write_parts(tmp_path, 4)
     compactor = Compactor.start(tmp_path, "e0003", every_s=0.01, min_files=4)
-    until(lambda: not is_mergeable(tmp_path, 4))
+    until(lambda: len(names(tmp_path / "log")) == 1 and not _leftovers(tmp_path))
     compactor.stop()
     compactor.stop()
     assert [name[:18] for name in names(tmp_path / "log")] == ["compacted-e0003-L1"]

@@ -12,8 +12,8 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -26,12 +26,72 @@ READY_S = 300
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where the cluster is, and the environment in which users' commands find it."""
+    """Where the cluster is, and the environment in which users' commands find it.
+
+    `parents` are the processes of `ray start --block`, by node; all else of a node descends from its one.
+    """
 
     gcs: str
     dashboard: str
+    http: str
     serve_config: Path
     folder: Path
+    temporary: Path
+    parents: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start(self) -> None:
+        """Two raylets, and the services on the head; returns when those answer."""
+        dashboard = ["--include-dashboard=true", f"--dashboard-port={self.dashboard.rpartition(':')[2]}"]
+        port, client = self.gcs.rpartition(":")[2], *free_ports(1)
+        head = ["--head", f"--port={port}", f"--ray-client-server-port={client}", *dashboard]
+        self._start_node("head", [*head, f"--temp-dir={self.temporary}", "--num-cpus=3"])
+        _wait_for(f"{self.dashboard}/api/version")
+        self._run_in_background(
+            "serve", [str(BIN / "serve"), "run", "--non-blocking", str(self.serve_config)]
+        )
+        _wait_for(f"{self.http}/health")
+        _wait_for(f"{self.http}/baseline/health")
+        # Last, so that no replica is there, whose loss with the node would cost 10 to 30 s.
+        self.join("second")
+
+    def join(self, name: str) -> None:
+        """Adds a raylet; returns when it has joined."""
+        agent = self._start_node(name, [f"--address={self.gcs}", "--num-cpus=2"])
+        _wait_for(f"{agent}/api/local_raylet_healthz")
+
+    def processes(self, *names: str) -> list[psutil.Process]:
+        """All processes of these nodes; without names, of the whole cluster."""
+        found = []
+        for name in names or self.parents:
+            with suppress(psutil.NoSuchProcess):
+                parent = psutil.Process(self.parents[name].pid)
+                found += [parent, *parent.children(recursive=True)]
+        return found
+
+    def kill(self, *names: str) -> None:
+        """SIGKILL, at once, of everything on these nodes; without names, of the whole cluster."""
+        for process in self.processes(*names):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        for name in names or list(self.parents):
+            self.parents.pop(name).wait()
+
+    def _start_node(self, name: str, arguments: list[str]) -> str:
+        (agent,) = free_ports(1)
+        command = [str(BIN / "ray"), "start", "--block", "--node-ip-address=127.0.0.1"]
+        command += ["--disable-usage-stats", f"--dashboard-agent-listen-port={agent}"]
+        self._run_in_background(name, [*command, *arguments])
+        return f"http://127.0.0.1:{agent}"
+
+    def _run_in_background(self, name: str, command: list[str]) -> None:
+        # A node that is gone is found out in 2 s, not 20.
+        environ = self.environ(RAY_health_check_period_ms="500", RAY_health_check_failure_threshold="4")
+        if "--head" in command:
+            del environ["RAY_ADDRESS"]
+        with (self.folder / f"{name}.log").open("a") as log:
+            self.parents[name] = subprocess.Popen(
+                command, cwd=ROOT, env=environ, stdout=log, stderr=subprocess.STDOUT
+            )
 
     def environ(self, **extra: str) -> dict[str, str]:
         ours = {
@@ -106,34 +166,23 @@ def free_ports(number: int) -> list[int]:
 def running(folder: Path, latency_s: float) -> Iterator[Cluster]:
     """Two raylets on loopback, the sample retriever and the baseline served by `serve run`."""
     _share_indexes(folder / "home")
-    gcs, dashboard, http, client, agent_1, agent_2 = free_ports(6)
-    cluster = Cluster(
-        f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", _serve_config(folder, http, latency_s), folder
-    )
-    head = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+    gcs, dashboard, http = free_ports(3)
     # A folder of its own: `ray` in another terminal must not find this cluster, or its remains.
-    temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short, for the paths of Ray's sockets
-    head += [
-        f"--temp-dir={temporary}",
-        "--head",
-        "--num-cpus=3",
-        f"--dashboard-agent-listen-port={agent_1}",
-        "--include-dashboard=true",
-    ]
-    second = [f"--address={cluster.gcs}", "--num-cpus=2", f"--dashboard-agent-listen-port={agent_2}"]
-    with ExitStack() as stack:
-        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
-        stack.enter_context(_process(cluster, "head", [*RAY_START, *head]))
-        _wait_for(f"{cluster.dashboard}/api/version")
-        stack.enter_context(_process(cluster, "second", [*RAY_START, *second]))
-        serve = [str(BIN / "serve"), "run", "--non-blocking", str(cluster.serve_config)]
-        stack.enter_context(_process(cluster, "serve", serve))
-        _wait_for(f"http://127.0.0.1:{http}/health")
-        _wait_for(f"http://127.0.0.1:{http}/baseline/health")
+    temporary = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short, for the paths of Ray's sockets
+    cluster = Cluster(
+        f"127.0.0.1:{gcs}",
+        f"http://127.0.0.1:{dashboard}",
+        f"http://127.0.0.1:{http}",
+        _serve_config(folder, http, latency_s),
+        folder,
+        temporary,
+    )
+    try:
+        cluster.start()
         yield cluster
-
-
-RAY_START = [str(BIN / "ray"), "start", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
+    finally:
+        cluster.kill()
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _share_indexes(home: Path) -> None:
@@ -153,22 +202,6 @@ def _serve_config(folder: Path, port: int, latency_s: float) -> Path:
     path = folder / "serve.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
-
-
-@contextmanager
-def _process(cluster: Cluster, name: str, command: list[str]) -> Iterator[None]:
-    environ = cluster.environ()
-    if name == "head":
-        del environ["RAY_ADDRESS"]
-    with (cluster.folder / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        yield
-    finally:
-        for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else ():
-            child.kill()
-        process.kill()
-        process.wait()
 
 
 def _wait_for(url: str) -> None:
