@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from ray_app import pulse
 from ray_app.checkpoint import CheckpointClient
@@ -255,7 +255,8 @@ def _again(lost: WorkerLost) -> WorkerLost:
 
 
 def _node_is_dead(node: str, error: Exception | None) -> bool:
-    if error is not None and "node has died" in str(error):
+    # Of a process that died alone its raylet tells at once: where no word comes, the raylet is gone too.
+    if isinstance(error, ActorUnavailableError) or (error is not None and "node has died" in str(error)):
         return True
     return any(item["NodeID"] == node and not item["Alive"] for item in ray.nodes())
 

@@ -46,7 +46,9 @@ class Job:
         """Nothing is left running by a test that fails half-way."""
         for process in self.started:
             process.kill()
-            process.communicate()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
 
     @property
     def told(self) -> Told:
@@ -83,7 +85,7 @@ class Witness:
     """
 
     url: str
-    answered: dict[bytes, list[Asked]] = field(default_factory=lambda: defaultdict(list))
+    answered: dict[bytes, list[Asked]] = field(default_factory=lambda: defaultdict(list), repr=False)
 
     def repeated(self, *kills: float, settled_s: float) -> int:
         """Calls made again although no kill (Unix seconds) came while they went on or `settled_s` after."""

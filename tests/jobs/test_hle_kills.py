@@ -24,7 +24,7 @@ QUESTIONS = 60
 SEED = int(os.environ.get("TOOLORCH_KILL_SEED") or 1)
 LEASE_S = 3.0
 # What a killed process had answered this long before was its task's to go on from.
-HANDLED_S = 1.0
+HANDLED_S = 0.5
 # The promise for the loss of everything at once.
 LOST_S = 2.0
 
@@ -111,7 +111,7 @@ def test_everything_dies_at_once_and_the_same_command_on_a_new_cluster_goes_on(
     killed = time.time()
     process.kill()
     cluster.kill()
-    process.communicate()
+    process.wait()
     assert done <= len(job.told.rows("result")) < QUESTIONS
 
     cluster.start()
