@@ -1,7 +1,7 @@
 """Group commits: a worker's completed calls reach the checkpoint actor before their tasks go on.
 
 What is appended goes two ways: to the event log, which reaches storage within a second, and to the
-checkpoint actor, in groups, one every 20 ms at most. A call is committed when either has it. So a task never
+checkpoint actor, in groups, one every 25 ms at most. A call is committed when either has it. So a task never
 goes on from a call that the death of its worker could lose, and a checkpoint actor that is away costs a
 write to storage, not a call.
 """
@@ -32,8 +32,8 @@ from ray_app.records import Event
 
 _log = logging.getLogger(__name__)
 
-GROUP_S = 0.020
 # A call of an actor costs 2.5 ms of CPU on both sides together, so a group is worth waiting for.
+GROUP_S = 0.025
 # An actor that does not answer by then may be restarting: storage is asked instead, and it for a while not.
 ACTOR_TIMEOUT_S = 1.0
 AVOIDED_S = 1.0
