@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_app import lease, rundir
-from ray_app.errors import StorageError
+from ray_app.errors import InfrastructureError, StorageError
 from ray_app.event_writer import EventWriter
 from ray_app.options import Options
 from ray_app.planning import Key
@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 # Jobs have anonymous namespaces of their own, in which the next job could not find the actor.
 NAMESPACE = "toolorch"
 # What its worker has not synced by then is written here: the worker may be dead, or its disk slow.
-TAKEN_OVER_S = 3.0
+TAKEN_OVER_S = 5.0
 TEND_S = 1.0
 # Without a driver for so long, with nothing left to write, the actor leaves the cluster.
 ABANDONED_S = 600.0
@@ -51,7 +51,8 @@ CLOSE_TIMEOUT_S = 5.0
 ASK_TIMEOUT_S = 10.0
 RETRY_S = 0.25
 
-# (rollout key, trial, attempt, call_seq, event id) of a completed call.
+# (rollout key, trial, attempt, call_seq, event id) of a completed call. Without an event id it is a question:
+# may this attempt go on?
 Mark = tuple[str, int, int, int, str]
 Rows = Sequence[tuple[Any, ...]]
 
@@ -70,7 +71,7 @@ class Ack(NamedTuple):
 
     incarnation: str
     epoch: int  # that has the run: a newer one means stop
-    refused: tuple[Key, ...] = ()  # tasks that have a newer attempt than the one that sent this
+    refused: tuple[tuple[Key, int], ...] = ()  # tasks and their attempts of which nothing more is taken
 
 
 @dataclass(slots=True)
@@ -112,8 +113,7 @@ class Checkpoint:
         """A driver takes the run, or says up to which attempt tasks have come to an end."""
         with self._lock:
             self._seen_driver = time.monotonic()
-            if epoch > self._epoch:
-                self._epoch, self._live = epoch, {}
+            self._adopt(epoch)
             if epoch == self._epoch:
                 self._fence(attempts)
             return Ack(self._incarnation, self._epoch)
@@ -134,9 +134,11 @@ class Checkpoint:
         an older epoch. Calls of replaced attempts stay evidence, and are named as refused."""
         with self._lock:
             self._forget(writer, synced)
-            if epoch != self._epoch:
+            if epoch < self._epoch:
                 return Ack(self._incarnation, self._epoch)
-            refused = tuple({mark[:2] for mark in marks if not self._swap(mark)})
+            self._adopt(epoch)
+            self._seen_driver = time.monotonic()  # Ray ends the workers of a driver that is gone
+            refused = tuple({(mark[:2], mark[2]) for mark in marks if not self._swap(mark)})
             if blob:
                 self._tails.setdefault(writer, deque()).append(Group(last, blob, time.monotonic()))
             return Ack(self._incarnation, epoch, refused)
@@ -145,12 +147,14 @@ class Checkpoint:
         """The driver is about to count results of these attempts; refused where they are not the newest."""
         with self._lock:
             self._seen_driver = time.monotonic()
-            if epoch != self._epoch:
+            if epoch < self._epoch:
                 return Ack(self._incarnation, self._epoch)
+            self._adopt(epoch)
             refused = {key for key, attempt in ended.items() if self._newest(key) > attempt}
             for key in ended.keys() - refused:
-                self._live.pop(key, None)
-            return Ack(self._incarnation, epoch, tuple(refused))
+                if self._live.pop(key, _Live(0)).closed:  # a worker that was cut off may still come with it
+                    self._live[key] = _Live(ended[key], closed=ended[key])
+            return Ack(self._incarnation, epoch, tuple((key, ended[key]) for key in refused))
 
     def drain(self, writer_prefix: str = "", older_than_s: float = 0.0) -> int:
         """Writes tails to the log, durably; how many groups. Raises StorageError and keeps them."""
@@ -173,18 +177,19 @@ class Checkpoint:
                     group.is_adopted = True
             log.sync()
             with self._lock:
-                for writer, tail in taken.items():
-                    if tail:
-                        self._forget(writer, tail[-1].last)
+                for writer, written in taken.items():
+                    left = [group for group in self._tails.get(writer, ()) if group not in written]
+                    self._tails[writer] = deque(left)
+                    self._forget(writer, 0)
             return len(groups)
 
     def close(self, epoch: int) -> bool:
         """Everything to storage; whether the caller may end this actor (no newer driver has it)."""
         self.drain()
         with self._writing:
-            if self._writer is not None:
-                self._writer.close()
-                self._writer = None
+            writer, self._writer = self._writer, None  # all that it took is in the log, whatever closing does
+            if writer is not None:
+                writer.close()
         with self._lock:
             return bool(epoch == self._epoch)
 
@@ -195,6 +200,10 @@ class Checkpoint:
             size = sum(len(group.blob) for group in groups)
             return {"live": len(self._live), "groups": len(groups), "bytes": size}
 
+    def _adopt(self, epoch: int) -> None:
+        if epoch > self._epoch:
+            self._epoch, self._live = epoch, {}
+
     def _newest(self, key: Key) -> int:
         live = self._live.get(key, _Live(0))
         return max(live.attempt, live.closed)
@@ -202,6 +211,9 @@ class Checkpoint:
     def _swap(self, mark: Mark) -> bool:
         """Compare and set: whether `mark` is the newest commit of its task now."""
         rollout_key, trial, attempt, call_seq, event_id = mark
+        if not event_id:
+            live = self._live.get((rollout_key, trial), _Live(attempt))
+            return attempt >= live.attempt and attempt > live.closed
         live = self._live.setdefault((rollout_key, trial), _Live(attempt))
         if attempt < live.attempt or attempt <= live.closed:
             return False
@@ -230,8 +242,12 @@ class Checkpoint:
     def _tend(self) -> None:
         while True:
             time.sleep(TEND_S)
-            with suppress(StorageError):  # the writer has said so; the tails are kept
+            try:
                 self.drain(older_than_s=TAKEN_OVER_S)
+            except StorageError:
+                pass  # the writer has said so; the tails are kept
+            except Exception:
+                _log.exception("the tails of this run's workers cannot be written; trying again")
             if self._is_abandoned():
                 _log.warning("no driver for %g s: the checkpoint actor of this run leaves", ABANDONED_S)
                 ray.kill(ray.get_actor(self._name, namespace=NAMESPACE), no_restart=True)
@@ -259,15 +275,19 @@ class CheckpointClient:
 
         Raises StorageError when the log cannot be written or a newer driver has the run.
         """
-        self._follow(await self.actor.open.remote(self._epoch, self._attempts))
-        await self.actor.drain.remote()
+        try:
+            self._follow(await self._call("open", self._attempts))
+            await _within(self.actor.drain.remote(), OPEN_TIMEOUT_S)
+        except StorageError as error:
+            raise StorageError(_words(error)) from None
+        except (RayError, TimeoutError) as error:
+            raise InfrastructureError(f"the checkpoint actor does not answer: {_words(error)}") from None
 
     async def finish(self, ended: Mapping[Key, int]) -> set[Key]:
         """Before results are counted: the tasks of `ended` (key to attempt) that have a newer attempt."""
-        for key in ended:
-            self._attempts.pop(key, None)
+        self._attempts.update({key: ended[key] for key in ended.keys() & self._attempts.keys()})
         ack = await self._ask("finish", dict(ended))
-        return set(ack.refused) if ack is not None else set()
+        return {key for key, _ in ack.refused} if ack is not None else set()
 
     async def fence(self, attempts: Mapping[Key, int]) -> None:
         """These attempts of the tasks are over: from now on none of their calls is taken."""
@@ -283,14 +303,16 @@ class CheckpointClient:
         give_up = time.monotonic() + self._patience_s
         while True:
             try:
-                await self.actor.drain.remote(writer_prefix)
+                await _within(self.actor.drain.remote(writer_prefix), max(1.0, give_up - time.monotonic()))
                 return
-            except StorageError:
+            except ActorDiedError:
+                return  # nothing is held there any more
+            except (StorageError, ActorUnavailableError, TimeoutError) as error:
                 if time.monotonic() > give_up:
-                    raise
+                    raise StorageError(
+                        f"the tail of a lost worker cannot be written: {_words(error)}"
+                    ) from None
                 await asyncio.sleep(RETRY_S)
-            except RayError:
-                return  # it restarts and holds nothing
 
     async def close(self) -> None:
         """Everything to storage, and the actor away; what goes wrong now is in the workers' logs too."""
@@ -319,6 +341,11 @@ class CheckpointClient:
                 f"epoch {self._epoch} was replaced by epoch {ack.epoch}: another driver has the run"
             )
         self._incarnation = ack.incarnation
+
+
+def _words(error: BaseException) -> str:
+    """What went wrong in the actor, without the traceback that Ray wraps around it."""
+    return str(getattr(error, "cause", None) or error).strip() or type(error).__name__
 
 
 async def _within(reference: Any, seconds: float) -> Any:
@@ -357,7 +384,7 @@ async def connect(options: Options) -> CheckpointClient:
         .remote(options, name)
     )
     client = CheckpointClient(actor, options)
-    await _within(client.open(), OPEN_TIMEOUT_S)
+    await client.open()
     return client
 
 
@@ -366,10 +393,15 @@ async def _retire_other_code(run_dir: Path) -> None:
     mine = actor_name(run_dir)
     for found in _named(_run_name(run_dir)):
         if found != mine:
-            with suppress(RayError, ValueError, TimeoutError):
+            with suppress(ActorDiedError, ValueError):  # it is gone meanwhile
                 actor = ray.get_actor(found, namespace=NAMESPACE)
-                with suppress(RayError, TimeoutError):
-                    await _within(actor.drain.remote(), CLOSE_TIMEOUT_S)
+                try:
+                    await _within(actor.drain.remote(), OPEN_TIMEOUT_S)
+                except (ActorUnavailableError, TimeoutError, StorageError) as error:
+                    raise StorageError(
+                        f"what an earlier driver's workers left in {found} cannot be written "
+                        f"({_words(error)}); run again"
+                    ) from None
                 ray.kill(actor, no_restart=True)
 
 

@@ -39,7 +39,11 @@ ACTOR_TIMEOUT_S = 1.0
 AVOIDED_S = 1.0
 TICK_S = 1.0
 LEASE_CHECK_S = 5.0
+# So that the actor knows that somebody lives while one long call keeps all waiting.
+ALIVE_S = 60.0
 RETRY_S = 0.1
+# After so long without a word from the actor, it is asked before a call goes out.
+SILENT_S = 5.0
 # While the log cannot be written nothing new is paid for: what completes now could be lost with everything.
 HOLD_AFTER_S = 1.5
 
@@ -55,7 +59,9 @@ class Replaced(InfrastructureError):
 class Committer:
     """The event sink of one worker process; for one event loop."""
 
-    def __init__(self, options: Options, name: str, actor: Any, on_refused: Callable[[Key], None]) -> None:
+    def __init__(
+        self, options: Options, name: str, actor: Any, on_refused: Callable[[Key, int], None]
+    ) -> None:
         self._options, self._actor, self._on_refused = options, actor, on_refused
         self._rows: list[tuple[Any, ...]] = []
         self._bodies: list[tuple[str, str, str]] = []
@@ -63,7 +69,7 @@ class Committer:
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._wake = asyncio.Event()
         self._incarnation = ""
-        self._avoided_until = 0.0
+        self._avoided_until = self._asked = self._heard = 0.0
         self._is_replaced = False
         self._log: EventWriter = options.writer(name, tap=self)
         # By which the actor knows this process start; the driver knows how it begins.
@@ -85,17 +91,33 @@ class Committer:
     def body(self, body: tuple[str, str, str]) -> None:
         self._bodies.append(body)
 
-    async def admit(self) -> None:
+    async def admit(self, rollout_key: str, trial: int, attempt: int) -> None:
         """Before a call goes out: waits while the log cannot be written.
 
+        After a silence it asks whether the attempt is still wanted: a process that was stopped does not know.
         Raises Replaced where another driver has the run, StorageError when the wait takes too long.
         """
+        self._start()
         self._check()
         while (failing_s := self._log.failing_s) > HOLD_AFTER_S:
             if failing_s > self._options.storage_patience_s:
                 raise StorageError(f"{self._log.failure} (waited {failing_s:.0f} s)")
             await asyncio.sleep(RETRY_S)
             self._check()
+        if time.monotonic() - self._heard > SILENT_S:
+            await self._inquire((rollout_key, trial, attempt, -1, ""))
+            self._check()
+
+    async def _inquire(self, question: Mark) -> None:
+        """Tells whether the attempt may go on; an actor that restarts is waited for."""
+        give_up = time.monotonic() + self._options.storage_patience_s
+        while True:
+            try:
+                return await self._follow(await self._ask(self._sent, [question], b""))
+            except (RayError, TimeoutError) as error:
+                if time.monotonic() > give_up:
+                    raise InfrastructureError(f"the checkpoint actor does not answer: {error}") from None
+                await asyncio.sleep(RETRY_S)
 
     async def committed(self) -> None:
         """Returns when what was appended so far would outlive this process. Raises Replaced."""
@@ -150,14 +172,14 @@ class Committer:
                 # What completes meanwhile makes the next group; the first of a quiet moment went at once.
                 await asyncio.sleep(GROUP_S)
         finally:  # nobody may wait for a loop that has ended
-            for _, done in self._waiting:
-                done.cancel()
+            self._fail(InfrastructureError("the commit loop of this worker has ended"))
 
     async def _send(self) -> None:
         """One group, until the actor or storage has it."""
         rows, bodies, last = self._rows, self._bodies, self._log.taken
         self._rows, self._bodies = [], []
-        if rows or self._log.synced > self._told:
+        is_due = time.monotonic() - self._asked > ALIVE_S
+        if rows or self._log.synced > self._told or is_due:
             blob = pickle.dumps((bodies, rows), pickle.HIGHEST_PROTOCOL) if rows else b""
             marks = [_mark(row) for row in rows if row[_SEQ] >= 0 and row[_STATUS] == "ok"]
             await self._commit(last, marks, blob)
@@ -179,21 +201,32 @@ class Committer:
             try:
                 await asyncio.to_thread(self._log.sync)
                 return
-            except StorageError:
+            except StorageError as error:
+                if self._log.failing_s > self._options.storage_patience_s:
+                    self._fail(error)
                 await asyncio.sleep(RETRY_S)
+
+    def _fail(self, error: InfrastructureError) -> None:
+        """Tells all who wait that their commit does not come."""
+        while self._waiting:
+            _, done = self._waiting.popleft()
+            if not done.done():
+                done.set_exception(type(error)(str(error)))
 
     async def _ask(self, last: int, marks: Any, blob: bytes) -> Ack:
         synced = self._log.synced
+        self._asked = asked = time.monotonic()
         packed = pack(self._options.epoch, self._id, synced, last, marks, blob)
         async with asyncio.timeout(ACTOR_TIMEOUT_S):
             ack: Ack = pickle.loads(await self._actor.commit.remote(packed))
-        self._told = synced
+        # As old as the question: a process that was stopped finds answers of long ago.
+        self._told, self._heard = synced, asked
         return ack
 
     async def _follow(self, ack: Ack) -> None:
         self._is_replaced = self._is_replaced or ack.epoch > self._options.epoch
-        for key in ack.refused:
-            self._on_refused(key)
+        for key, attempt in ack.refused:
+            self._on_refused(key, attempt)
         if self._incarnation not in ("", ack.incarnation):
             # The one that has what is not synced yet is dead: a death of this process must not lose it.
             await self._synced()

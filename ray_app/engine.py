@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from ray_app.checkpoint import CheckpointClient, connect
 from ray_app.errors import InfrastructureError, StorageError
 from ray_app.event_writer import EventWriter
 from ray_app.journal import EventSink
-from ray_app.lease import Lease
+from ray_app.lease import Lease, Unconfirmed
 from ray_app.options import Options
 from ray_app.planning import RUN_AGAIN, Plan, Tally, WorkItem
 from ray_app.pool import WorkerLost, WorkerPool
@@ -79,18 +80,20 @@ async def run(
     """
     checkpoint = await connect(options)
     pool = WorkerPool(make_solver, options, checkpoint)
-    attempts = Attempts(pool, Recorder(options.run_dir), options)
+    attempts = Attempts(pool, Recorder(options.run_dir, options.storage_patience_s), options)
     tally = replace(work.kept, counts=dict(work.kept.counts))
-    commits = Commits(options, log, lease, checkpoint, watcher, tally)
+    commits = Commits(options, log, lease, checkpoint, watcher, tally, stop)
     waiting = iter(work.items)
     active: set[asyncio.Task[TaskResult]] = set()
     stopped = asyncio.ensure_future(stop.wait())
+    is_ours = True
     try:
-        await pool.ready()
+        await _or_stopped(pool.ready(), stopped)
         while not stop.is_set():
             # What is not counted yet holds its place, or storage that is slow would fill the memory.
             while (
-                len(active) + commits.uncounted < options.concurrency
+                is_ours
+                and len(active) + commits.uncounted < options.concurrency
                 and (item := next(waiting, None)) is not None
             ):
                 watcher.started(item)
@@ -102,7 +105,8 @@ async def run(
                 active | busy | {stopped}, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED
             )
             watcher.tick()
-            lease.check()  # a driver that was replaced must stop spending, not only stop committing
+            # A driver that was replaced must stop spending, not only stop committing.
+            is_ours = commits.is_ours()
             ended = active & done
             active -= ended
             commits.add([task.result() for task in ended])
@@ -115,6 +119,17 @@ async def run(
         await pool.close()
         await checkpoint.close()
     return tally
+
+
+async def _or_stopped(work: Coroutine[Any, Any, None], stopped: asyncio.Future[Any]) -> None:
+    """Waits for `work`, but not when the run is stopped."""
+    task = asyncio.ensure_future(work)
+    await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+        task.result()
+    else:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 @dataclass(frozen=True)
@@ -160,6 +175,7 @@ class Commits:
     checkpoint: CheckpointClient
     watcher: Watcher
     tally: Tally
+    stop: asyncio.Event
     uncounted: int = 0
     _waiting: list[TaskResult] = field(default_factory=list)
     _writing: asyncio.Task[None] | None = None
@@ -188,7 +204,8 @@ class Commits:
 
     async def _commit(self, group: Sequence[TaskResult]) -> None:
         """Refused once another driver has the run, or once a task has a newer attempt."""
-        self.lease.check()
+        while not self.is_ours():  # noqa: ASYNC110  (nothing tells when storage works again)
+            await asyncio.sleep(STORAGE_RETRY_S)
         refused = await self.checkpoint.finish({(r.rollout_key, r.trial): r.attempt for r in group})
         accepted = [r for r in group if (r.rollout_key, r.trial) not in refused]
         for result in accepted:
@@ -206,9 +223,27 @@ class Commits:
             try:
                 return await asyncio.to_thread(self.log.flush)
             except StorageError:
-                if self.log.failing_s > self.options.storage_patience_s:
+                if self.log.failing_s > self._patience_s:
                     raise
                 await asyncio.sleep(STORAGE_RETRY_S)
+
+    @property
+    def _patience_s(self) -> float:
+        """A run that is stopped has to be gone in 10 s."""
+        return min(self.options.storage_patience_s, 2.0 if self.stop.is_set() else math.inf)
+
+    def is_ours(self) -> bool:
+        """Whether the lease is known to hold; False while storage that fails leaves it open.
+
+        Raises StorageError when another driver has the run, or when it stays open for too long.
+        """
+        try:
+            self.lease.check()
+        except Unconfirmed:
+            if self.lease.unconfirmed_s > self._patience_s:
+                raise
+            return False
+        return True
 
 
 def result_event(result: TaskResult, options: Options, sink: EventSink) -> Event:

@@ -59,8 +59,8 @@ class Watch(Protocol):
 class Keeper(Protocol):
     """Makes calls outlive this process; `committer.Committer` is the real one."""
 
-    async def admit(self) -> None:
-        """Returns when a call may go out. Raises InfrastructureError where none may any more."""
+    async def admit(self, rollout_key: str, trial: int, attempt: int) -> None:
+        """Returns when this attempt's call may go out. Raises InfrastructureError where none may any more."""
 
     async def committed(self) -> None:
         """Returns when everything appended so far would outlive this process."""
@@ -186,9 +186,9 @@ class Journal:
         return output
 
     async def _admitted(self) -> None:
-        self._check_open()
         if self.keeper is not None:
-            await self.keeper.admit()
+            await self.keeper.admit(self.base.rollout_key, self.base.trial, self.base.attempt)
+        self._check_open()
 
     def _check_open(self) -> None:
         if self.is_closed:

@@ -53,6 +53,10 @@ class _Place(Protocol):
     def end(self, epoch: int, holder: Mapping[str, Any]) -> None: ...
 
 
+class Unconfirmed(StorageError):
+    """The lease could not be read for so long that another driver may have the run by now."""
+
+
 @dataclass
 class Lease:
     """The right to commit results of a run, until another driver takes a newer epoch.
@@ -86,7 +90,7 @@ class Lease:
                     self._look(renew=self._place.is_remote)
             except (OSError, StorageError) as error:
                 if self._age_s() >= LEASE_S:
-                    raise StorageError(
+                    raise Unconfirmed(
                         f"this driver's lease (epoch {self.epoch}) could not be confirmed for "
                         f"{self._age_s():.0f} s, so another driver may have the run: {error}"
                     ) from None
@@ -124,6 +128,11 @@ class Lease:
             if renew:
                 self._place.renew(self.epoch, self._holder)
             self._confirmed = began
+
+    @property
+    def unconfirmed_s(self) -> float:
+        """Seconds since it was known to be this driver's."""
+        return self._age_s()
 
     def _age_s(self) -> float:
         return _clock() - self._confirmed

@@ -29,7 +29,7 @@ class Options:
     # Holds even where a call ignores its cancellation; None: calls have deadlines of their own.
     attempt_deadline_s: float | None = None
     # A worker that answers nothing for so long (stopped, held by a call that blocks) is replaced.
-    worker_lease_s: float = 30.0
+    worker_lease_s: float = 60.0
     # Storage that fails is waited for; then what needs it fails.
     storage_patience_s: float = 120.0
     url: str = ""  # of the object store that `run_dir` mirrors; other nodes have mirrors of their own

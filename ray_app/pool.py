@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from ray_app import pulse
 from ray_app.checkpoint import CheckpointClient
 from ray_app.errors import ConfigError, InfrastructureError
 from ray_app.options import Options
 from ray_app.planning import Key, WorkItem
-from ray_app.worker import Report, SolverFactory, Worker
+from ray_app.worker import Report, SolverFactory, Worker, unfinished
 
 CLOSE_TIMEOUT_S = 5.0
 READY_TIMEOUT_S = 180.0
@@ -29,9 +29,9 @@ BEAT_S = 2.0
 WORKER_CPUS = 0.05
 # By the deaths that a task was there at: how many tasks may share its worker (0: any number).
 COMPANY = (0, 64, 1)
-# Workers for such suspects at once, for each ordinary one, and at most.
-SUSPECT_WORKERS, MOST_SUSPECT_WORKERS = 2, 8
-# Workers that died one after the other without one attempt that came to an end.
+# Workers for such suspects at once: this many for each ordinary one, within these bounds.
+SUSPECT_WORKERS, FEWEST_SUSPECT_WORKERS, MOST_SUSPECT_WORKERS = 2, 4, 8
+# Workers that died, and not their nodes, one after the other without one attempt that came to an end.
 DEATHS_IN_A_ROW = 20
 
 
@@ -64,10 +64,9 @@ class _Seat:
     def has_room(self) -> bool:
         return not self.company or len(self.tasks) < self.company
 
-    def hear(self) -> None:
-        """Take the answer to the last ping; what is wrong with it, its tasks find out."""
-        if self.ping is not None and self.ping.exception() is None:
-            self.node = self.ping.result()
+    def begin_ping(self) -> None:
+        self.ping, self.missed = asyncio.ensure_future(self.actor.ping.remote()), 0
+        _forget(self.ping)
 
 
 class WorkerPool:
@@ -77,7 +76,7 @@ class WorkerPool:
         self._make_solver, self._options, self._checkpoint = make_solver, options, checkpoint
         self._made = self._deaths_in_a_row = 0
         self._given_up_by: dict[Key, _Seat] = {}
-        self._room = asyncio.Condition()
+        self._waiting: list[asyncio.Future[None]] = []  # for a place
         self._seats: list[_Seat] = []
         for _ in range(options.workers):
             self._start(company=COMPANY[0])
@@ -92,6 +91,8 @@ class WorkerPool:
             .remote(self._make_solver, self._options, name, self._checkpoint.actor)
         )
         seat = _Seat(name, actor, company, asyncio.get_running_loop().create_future())
+        seat.begin_ping()  # before its first task, which may hold its event loop at once
+        _forget(seat.lost)
         self._seats.append(seat)
         return seat
 
@@ -133,22 +134,30 @@ class WorkerPool:
             await asyncio.wait({answer, seat.lost}, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
                 raise _again(seat.lost.result())
-            report: Report = answer.result()
-        except asyncio.CancelledError:
-            ray.cancel(reference)
-            raise
-        except RayActorError as error:
-            await self._lose(seat, f"worker lost: {last_line(error)}", error)
-            raise _again(seat.lost.result()) from None
-        else:
-            self._deaths_in_a_row = 0
+            report = self._heard(item, answer)
             if report.is_given_up:
                 self._given_up_by[item.key] = seat
                 await self._checkpoint.fence({item.key: item.attempt})
             return report
+        except asyncio.CancelledError:
+            ray.cancel(reference)
+            raise
+        except RayError as error:  # its death has many names: killed, out of memory, never started
+            await self._lose(seat, f"worker lost: {last_line(error)}", error)
+            raise _again(seat.lost.result()) from None
         finally:
             _forget(answer)
             await self._leave(seat, item)
+
+    def _heard(self, item: WorkItem, answer: asyncio.Future[Report]) -> Report:
+        """The report of a worker that lives; an exception that it raised is a failed attempt."""
+        try:
+            report = answer.result()
+        except RayTaskError as error:
+            failed = replace(unfinished(item), error_kind="infrastructure", error=last_line(error))
+            report = Report(failed)
+        self._deaths_in_a_row = 0
+        return report
 
     async def close(self) -> None:
         """Let every worker flush and leave; one that does not within CLOSE_TIMEOUT_S is killed."""
@@ -165,38 +174,48 @@ class WorkerPool:
     async def _take_seat(self, item: WorkItem, deaths: int) -> _Seat:
         """A place for `item`: the least busy ordinary worker, or one that suspects share."""
         company = COMPANY[min(deaths, len(COMPANY) - 1)]
-        async with self._room:
-            while (seat := self._find(item, company)) is None:
-                await self._room.wait()
-            seat.tasks[item.key] = item
-            return seat
+        while (seat := self._find(item, company)) is None:
+            room = asyncio.get_running_loop().create_future()
+            self._waiting.append(room)
+            await room
+        seat.tasks[item.key] = item
+        return seat
 
     def _find(self, item: WorkItem, company: int) -> _Seat | None:
         seats = [seat for seat in self._seats if seat.company == company and seat.has_room]
         # Not the one that an earlier attempt may still hold, where there is another.
         seats = [seat for seat in seats if seat is not self._given_up_by.get(item.key)] or seats
         if company == 0:
+            # One that starts may never do so, and would draw all tasks, being the least busy.
+            seats = [seat for seat in seats if seat.node] or seats
             return min(seats, key=lambda seat: len(seat.tasks))
         # Spread over several at once: a death then leaves a quarter of them under suspicion.
-        most = min(SUSPECT_WORKERS * self._options.workers, MOST_SUSPECT_WORKERS)
+        most = max(FEWEST_SUSPECT_WORKERS, SUSPECT_WORKERS * self._options.workers)
+        most = min(most, MOST_SUSPECT_WORKERS)
         if sum(seat.company > 0 for seat in self._seats) < most:
             return self._start(company)
         return min(seats, key=lambda seat: len(seat.tasks), default=None)
 
     async def _leave(self, seat: _Seat, item: WorkItem) -> None:
-        async with self._room:
-            seat.tasks.pop(item.key, None)
-            if seat.company and not seat.tasks and seat in self._seats:
-                self._seats.remove(seat)
-                await self._dismiss(seat)
-            self._room.notify_all()
+        seat.tasks.pop(item.key, None)
+        is_over = bool(seat.company and not seat.tasks and seat in self._seats)
+        if is_over:
+            self._seats.remove(seat)
+        waiting, self._waiting = self._waiting, []
+        for room in waiting:
+            if not room.done():
+                room.set_result(None)
+        if is_over:
+            await self._dismiss(seat)
 
     async def _dismiss(self, seat: _Seat) -> None:
         """A worker for suspects that has no more of them: flushed, and away."""
         closing = asyncio.ensure_future(seat.actor.close.remote())
-        await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT_S)
-        _forget(closing)
-        _end(seat)
+        try:
+            await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT_S)
+        finally:
+            _forget(closing)
+            _end(seat)
 
     async def _lose(self, seat: _Seat, reason: str, error: Exception | None = None) -> None:
         """Once for each lost worker: end it for sure, replace it, have its tail written, tell its tasks."""
@@ -204,18 +223,22 @@ class WorkerPool:
             await asyncio.wait({seat.lost})
             return
         self._seats.remove(seat)
-        is_suspect = not _node_is_dead(seat.node, error)
         tasks = dict(seat.tasks)
-        _end(seat)  # what is out of reach for a moment only would go on spending
-        if not seat.company:
-            self._start(company=0)
-        self._deaths_in_a_row += 1
-        pulse.mark_lost(self._options.run_dir, seat.name, self._options.epoch)
-        fences: Mapping[Key, int] = {key: item.attempt for key, item in tasks.items()}
         try:
+            is_node = _node_is_dead(seat.node, error)
+            self._deaths_in_a_row += not is_node
+            _end(seat)  # what is out of reach for a moment only would go on spending
+            if not seat.company:
+                self._start(company=0)
+            pulse.mark_lost(self._options.run_dir, seat.name, self._options.epoch)
+            fences: Mapping[Key, int] = {key: item.attempt for key, item in tasks.items()}
             await self._checkpoint.release(self._options.writer_prefix(seat.name), fences)
-        finally:
-            seat.lost.set_result(WorkerLost(reason, is_suspect=is_suspect, was_alone=len(tasks) == 1))
+        except BaseException as broken:  # nobody may wait for what does not come
+            cancelled = isinstance(broken, asyncio.CancelledError)
+            seat.lost.set_exception(InfrastructureError("stopped") if cancelled else broken)
+            raise
+        is_suspect = not is_node and "creation task" not in reason
+        seat.lost.set_result(WorkerLost(reason, is_suspect=is_suspect, was_alone=len(tasks) == 1))
         if self._deaths_in_a_row >= DEATHS_IN_A_ROW:
             raise InfrastructureError(
                 f"{self._deaths_in_a_row} workers died one after the other without finishing anything, the "
@@ -225,27 +248,45 @@ class WorkerPool:
     async def _beat(self) -> None:
         """Asks every worker for a sign of life. Counted in beats of this loop: time in which the driver
         itself was stopped says nothing of a worker."""
-        patience = max(2, round(self._options.worker_lease_s / BEAT_S))
+        beat_s = min(BEAT_S, self._options.worker_lease_s / 2)
+        lease, start = (
+            max(2, round(span / beat_s)) for span in (self._options.worker_lease_s, READY_TIMEOUT_S)
+        )
         losing: set[asyncio.Task[None]] = set()
         while True:
-            await asyncio.sleep(min(BEAT_S, self._options.worker_lease_s / 2))
+            await asyncio.sleep(beat_s)
             for seat in list(self._seats):
-                if seat.ping is None or seat.ping.done():
-                    seat.hear()
-                    seat.ping, seat.missed = asyncio.ensure_future(seat.actor.ping.remote()), 0
+                error = _answer_to_ping(seat)
+                seat.missed += 1
+                if error is None and seat.missed < (lease if seat.node else start):
                     continue
-                seat.missed += bool(seat.node)  # unknown: it still starts
-                if seat.missed >= patience:
-                    reason = f"worker hung: no answer for {self._options.worker_lease_s:g} s"
-                    task = asyncio.create_task(self._lose(seat, reason))
-                    losing.add(task)
-                    task.add_done_callback(losing.discard)
-                    task.add_done_callback(_forget)
+                reason = (
+                    f"worker lost: {last_line(error)}"
+                    if error
+                    else f"worker hung for {seat.missed * beat_s:g} s"
+                )
+                task = asyncio.create_task(self._lose(seat, reason, error))
+                losing.add(task)
+                task.add_done_callback(losing.discard)
+                task.add_done_callback(_forget)
+
+
+def _answer_to_ping(seat: _Seat) -> Exception | None:
+    """Takes the answer to the last ping, if it is there, and sends the next; an error ends the worker."""
+    ping = seat.ping
+    if ping is None or not ping.done():
+        return None
+    error = None if ping.cancelled() else ping.exception()
+    if isinstance(error, RayError) and not isinstance(error, RayTaskError):
+        known: Exception = error
+        return known
+    if error is None and not ping.cancelled():
+        seat.node = ping.result()
+    seat.begin_ping()
+    return None
 
 
 def _end(seat: _Seat) -> None:
-    if seat.ping is not None:
-        _forget(seat.ping)
     ray.kill(seat.actor)
 
 

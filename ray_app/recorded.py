@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from ray_app import events
+from ray_app.errors import StorageError
 from ray_app.journal import Note, Record, RecordedCall
 from ray_app.planning import Key
 
 CALL_KINDS = ("model_call", "retrieval", "code")
 COMPLETED = {"kind": CALL_KINDS, "status": {"ok"}}
+RETRY_S = 0.5
 NOTE_KINDS = ("turn", "tool_call", "verdict")
 _COLUMNS = (
     *("kind", "status", "rollout_key", "trial", "attempt", "epoch", "turn", "tool"),
@@ -27,8 +30,8 @@ _COLUMNS = (
 class Recorder:
     """Gives the record of each task that is asked for; reads the log in a thread, one read at a time."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
+    def __init__(self, run_dir: Path, patience_s: float = 0.0) -> None:
+        self._run_dir, self._patience_s = run_dir, patience_s
         self._touched: set[Key] | None = None
         self._wanted: dict[Key, asyncio.Future[Record]] = {}
         self._reading: asyncio.Task[None] | None = None
@@ -50,7 +53,7 @@ class Recorder:
         while self._wanted:
             wanted, self._wanted = self._wanted, {}
             try:
-                found = await asyncio.to_thread(records, self._run_dir, wanted.keys())
+                found = await self._records(wanted.keys())
             except Exception as error:
                 for future in wanted.values():
                     if not future.done():
@@ -59,6 +62,17 @@ class Recorder:
             for key, future in wanted.items():
                 if not future.done():
                     future.set_result(found.get(key, Record()))
+
+    async def _records(self, keys: Collection[Key]) -> dict[Key, Record]:
+        """Storage that cannot be read for a while is waited for."""
+        give_up = time.monotonic() + self._patience_s
+        while True:
+            try:
+                return await asyncio.to_thread(records, self._run_dir, keys)
+            except StorageError:
+                if time.monotonic() >= give_up:
+                    raise
+                await asyncio.sleep(RETRY_S)
 
 
 def touched(run_dir: Path) -> set[Key]:

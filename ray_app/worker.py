@@ -65,7 +65,7 @@ class Worker:
         self._name = f"{node[:8]}:{os.getpid()}"
         self._committer = Committer(options, name, checkpoint, self._on_refused)
         self._pulse = Pulse(options.run_dir, name, epoch=options.epoch, node=node[:8])
-        self._journals: dict[Key, Journal] = {}
+        self._journals: dict[tuple[Key, int], Journal] = {}
         self._given_up: set[asyncio.Task[Solved]] = set()
         self._solver = make_solver()
 
@@ -73,7 +73,7 @@ class Worker:
         """One attempt. Whatever goes wrong is data in the report, never an exception."""
         log = self._committer
         journal = Journal(item.task, log, self._base(item), item.record, watch=self._pulse, keeper=log)
-        self._journals[item.key] = journal
+        self._journals[item.key, item.attempt] = journal
         journal.note("attempt")
         try:
             solved = await self._in_time(item.task, journal)
@@ -81,8 +81,7 @@ class Worker:
         except Exception as error:
             result = _broken(item, journal, error)
         finally:
-            if self._journals.get(item.key) is journal:
-                del self._journals[item.key]
+            self._journals.pop((item.key, item.attempt), None)
         # A result that counts has its evidence in the log: a judge-only pass, say, reads it there.
         try:
             await log.stored()
@@ -90,9 +89,9 @@ class Worker:
             result = _broken(item, journal, error)
         return Report(result, journal.is_closed)
 
-    def _on_refused(self, key: Key) -> None:
-        """Of the committer: a newer attempt has this task, so what still runs of it must pay for nothing."""
-        if journal := self._journals.get(key):
+    def _on_refused(self, key: Key, attempt: int) -> None:
+        """Of the committer: this attempt is over, so what still runs of it must pay for nothing."""
+        if journal := self._journals.get((key, attempt)):
             journal.is_closed = True
 
     async def _in_time(self, task: Task, journal: Journal) -> Solved:
@@ -127,9 +126,11 @@ class Worker:
         return self._node
 
     async def close(self) -> None:
-        await self._solver.close()
-        await self._committer.close()
-        await asyncio.to_thread(self._pulse.close)
+        try:
+            await self._solver.close()
+        finally:
+            await self._committer.close()
+            await asyncio.to_thread(self._pulse.close)
 
     def _base(self, item: WorkItem) -> Event:
         return Event(

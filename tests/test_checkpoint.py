@@ -66,7 +66,7 @@ def test_a_call_is_taken_once_and_only_from_the_newest_attempt(run_dir: Path) ->
     assert not is_taken(store, mark(1, 0, "another"))
     assert is_taken(store, mark(2, 0)), "a newer attempt may begin anywhere"
     assert not is_taken(store, mark(1, 2))
-    assert store.take(1, "w", 0, 1, [mark(1, 2), mark(1, 3)], b"").refused == (KEY,)
+    assert store.take(1, "w", 0, 1, [mark(1, 2), mark(1, 3)], b"").refused == ((KEY, 1),)
 
 
 def test_an_attempt_that_is_over_commits_no_call_and_its_result_counts(run_dir: Path) -> None:
@@ -77,10 +77,19 @@ def test_an_attempt_that_is_over_commits_no_call_and_its_result_counts(run_dir: 
     assert store.finish(1, {KEY: 1}).refused == ()
 
 
+def test_an_attempt_may_ask_whether_it_is_still_wanted(run_dir: Path) -> None:
+    store = checkpoint(run_dir)
+    question = (*KEY, 1, -1, "")
+    assert is_taken(store, question) and store.holds()["live"] == 0, "a question leaves nothing"
+    assert is_taken(store, mark(1, 0)) and is_taken(store, question)
+    store.open(1, {KEY: 1})
+    assert not is_taken(store, question) and is_taken(store, (*KEY, 2, -1, ""))
+
+
 def test_a_result_of_a_replaced_attempt_is_refused(run_dir: Path) -> None:
     store = checkpoint(run_dir)
     assert is_taken(store, mark(2, 0))
-    assert store.finish(1, {KEY: 1}).refused == (KEY,)
+    assert store.finish(1, {KEY: 1}).refused == ((KEY, 1),)
     assert store.finish(1, {KEY: 2}).refused == ()
 
 
@@ -91,6 +100,14 @@ def test_finished_tasks_leave(run_dir: Path) -> None:
     assert store.holds()["live"] == 50
     store.finish(1, {(f"task-{number}", 0): 1 for number in range(50)})
     assert store.holds()["live"] == 0
+
+
+def test_a_finished_task_that_was_cut_off_once_stays_closed(run_dir: Path) -> None:
+    store = checkpoint(run_dir)
+    store.open(1, {KEY: 1})
+    assert is_taken(store, mark(2, 0))
+    store.finish(1, {KEY: 2})
+    assert not is_taken(store, mark(1, 1)) and not is_taken(store, (*KEY, 1, -1, ""))
 
 
 def test_an_older_epoch_is_told_of_the_newer_one_and_changes_nothing(run_dir: Path) -> None:

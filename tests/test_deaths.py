@@ -139,6 +139,7 @@ async def test_a_node_that_is_cut_off_and_comes_back_accuses_no_task_and_counts_
     quick = {
         "health_check_initial_delay_ms": 0,
         "health_check_period_ms": 500,
+        "health_check_timeout_ms": 500,
         "health_check_failure_threshold": 4,
     }
     head = {"num_cpus": 2, "include_dashboard": False, "_system_config": quick}
