@@ -42,8 +42,8 @@ LEASE_CHECK_S = 5.0
 # So that the actor knows that somebody lives while one long call keeps all waiting.
 ALIVE_S = 60.0
 RETRY_S = 0.1
-# After so long without a word from the actor, it is asked before a call goes out.
-SILENT_S = 5.0
+# An event loop that stood still for so long was stopped, perhaps: less than any loss is noticed in.
+AWAY_S = 2.0
 # While the log cannot be written nothing new is paid for: what completes now could be lost with everything.
 HOLD_AFTER_S = 1.5
 
@@ -69,7 +69,10 @@ class Committer:
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._wake = asyncio.Event()
         self._incarnation = ""
-        self._avoided_until = self._asked = self._heard = 0.0
+        self._avoided_until = self._asked = 0.0
+        self._turned = time.monotonic()
+        # Once this process was away: the attempts that were asked about since.
+        self._asked_about: set[Mark] | None = None
         self._is_replaced = False
         self._log: EventWriter = options.writer(name, tap=self)
         # By which the actor knows this process start; the driver knows how it begins.
@@ -94,7 +97,7 @@ class Committer:
     async def admit(self, rollout_key: str, trial: int, attempt: int) -> None:
         """Before a call goes out: waits while the log cannot be written.
 
-        After a silence it asks whether the attempt is still wanted: a process that was stopped does not know.
+        A process that was stopped asks whether the attempt is still wanted.
         Raises Replaced where another driver has the run, StorageError when the wait takes too long.
         """
         self._start()
@@ -104,8 +107,11 @@ class Committer:
                 raise StorageError(f"{self._log.failure} (waited {failing_s:.0f} s)")
             await asyncio.sleep(RETRY_S)
             self._check()
-        if time.monotonic() - self._heard > SILENT_S:
-            await self._inquire((rollout_key, trial, attempt, -1, ""))
+        self._turn()
+        question = (rollout_key, trial, attempt, -1, "")
+        while (about := self._asked_about) is not None and question not in about:
+            await self._inquire(question)
+            about.add(question)
             self._check()
 
     async def _inquire(self, question: Mark) -> None:
@@ -160,6 +166,7 @@ class Committer:
     def _start(self) -> None:
         """The loops of this object: begun in the event loop that uses it."""
         if not self._tasks:
+            self._turned = time.monotonic()
             loops = (self._ship, self._tick, self._follow_lease)
             self._tasks = [asyncio.create_task(loop()) for loop in loops]
 
@@ -215,12 +222,11 @@ class Committer:
 
     async def _ask(self, last: int, marks: Any, blob: bytes) -> Ack:
         synced = self._log.synced
-        self._asked = asked = time.monotonic()
+        self._asked = time.monotonic()
         packed = pack(self._options.epoch, self._id, synced, last, marks, blob)
         async with asyncio.timeout(ACTOR_TIMEOUT_S):
             ack: Ack = pickle.loads(await self._actor.commit.remote(packed))
-        # As old as the question: a process that was stopped finds answers of long ago.
-        self._told, self._heard = synced, asked
+        self._told = synced
         return ack
 
     async def _follow(self, ack: Ack) -> None:
@@ -242,7 +248,15 @@ class Committer:
         """Rows that nobody waits for, and news of what is synced, go out within a second too."""
         while True:
             await asyncio.sleep(TICK_S)
+            self._turn()
+            self._turned = time.monotonic()
             self._wake.set()
+
+    def _turn(self) -> None:
+        """Notices, before anything else can happen, that this process did not run for a while."""
+        if time.monotonic() - self._turned > TICK_S + AWAY_S:
+            self._asked_about = set()
+            self._turned = time.monotonic()
 
     async def _follow_lease(self) -> None:
         """Where the checkpoint actor is out of reach, the lease tells of another driver."""
