@@ -1,4 +1,4 @@
-# make setup | hle | test | check | bench. Another interpreter: make setup PYTHON=python3.12.
+# make setup | hle | test | test-long | check | bench. Another interpreter: make setup PYTHON=python3.12.
 # On a GPU machine: make setup EXTRA=gpu.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +6,7 @@ EXTRA ?= cpu
 BIN := $(VENV)/bin
 BENCHES := baseline engine
 
-.PHONY: setup hle test check bench clean
+.PHONY: setup hle test test-long check bench clean
 
 setup: $(VENV)/.ready
 
@@ -27,6 +27,9 @@ hle: setup
 
 test: setup
 	$(BIN)/pytest
+
+test-long: setup
+	$(BIN)/pytest -m long
 
 check: setup
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ class AnalysisOutput:
     tools: list[ToolRow]
 
 
-def analyse(run_dir: Path, out_dir: Path | None = None) -> AnalysisOutput:
+def analyse(run_dir: Path, out_dir: Path | None = None, *, with_pictures: bool = True) -> AnalysisOutput:
     """Write `stats.json` and all pictures to `out_dir` (default: RUN/analysis); existing ones are replaced.
 
     Works on a run that is empty, live or crashed. Raises RunDirError where `run_dir` is no run or `out_dir`
@@ -41,7 +41,7 @@ def analyse(run_dir: Path, out_dir: Path | None = None) -> AnalysisOutput:
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         _write_json(out_dir / "stats.json", statistics(run, tools, usage_table(log), metrics))
-        pictures = tuple(_draw(out_dir, run, tools, metrics))
+        pictures = tuple(_draw(out_dir, run, tools, metrics)) if with_pictures else ()
     except OSError as error:
         raise RunDirError(f"{out_dir}: {error.strerror}; expected a writable folder") from None
     stats, overview = out_dir / "stats.json", out_dir / "overview.png"

@@ -43,6 +43,7 @@ def main(
         typer.Option(help="First take over the finished {id}.json results of DIR.", metavar="DIR"),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Deploy the services again.")] = False,
+    pictures: Annotated[bool, typer.Option(help="Draw the pictures at the end.")] = True,
     retry: Annotated[
         Literal["infrastructure", "failed"], typer.Option(help="Which failed tasks run again.")
     ] = "infrastructure",
@@ -57,7 +58,7 @@ def main(
         if adopt is not None:
             console.print(driver.adopt(job, adoption.read_results(adopt, job.tasks_by_id)), highlight=False)
         solver_for = partial(SolverInWorker, job.config, job.prompts, job.isolation, job.keys())
-        command = driver.Command(console, solver_for, check_services, fresh, retry_failed, json)
+        command = driver.Command(console, solver_for, check_services, fresh, retry_failed, json, pictures)
         raise typer.Exit(driver.carry_out(job, command))
     except EvalError as error:
         raise typer.Exit(driver.report_error(error, console)) from None

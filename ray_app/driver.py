@@ -133,6 +133,7 @@ class Command:
     is_fresh: bool = False
     retry_failed: bool = False
     json_path: Path | None = None
+    with_pictures: bool = True
 
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -361,15 +362,20 @@ def finish(job: Job, ending: Ending, command: Command) -> None:
 
     if ending.tally.pending == 0:
         compaction.compact(job.run_dir)
-    output = analyse(job.run_dir)
+    # Whoever stopped the run wants it gone in seconds.
+    output = analyse(job.run_dir, with_pictures=command.with_pictures and ending.stopped_by is None)
     figures = _figures(job, ending, output.run)
     command.console.print(tables.summary_page(output.run))
     command.console.print(tables.tools_page(output.tools))
     command.say(f"Accounting: {ending.tally.line()}")
     calls, total = figures["model_calls"], figures["model_calls_total"]
     command.say(f"Model calls: {calls} by this command, {total} by the run so far")
-    command.say(f"Pictures: {output.overview} and {len(output.pictures) - 1} more beside it")
-    command.say(f"Run directory: {object_store.place(job.run_dir)}")
+    place = object_store.place(job.run_dir)
+    if output.pictures:
+        command.say(f"Pictures: {output.overview} and {len(output.pictures) - 1} more beside it")
+    else:
+        command.say(f"Pictures: not drawn; `python -m analysis plots {place}` does")
+    command.say(f"Run directory: {place}")
     rundir.write_json(job.run_dir / "summary.json", figures)
     object_store.push(job.run_dir, ["summary.json", "analysis", "logs"])
     if command.json_path is not None:

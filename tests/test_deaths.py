@@ -57,7 +57,7 @@ def checkpoint_processes() -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long)])
 async def test_a_killed_worker_costs_no_acknowledged_call(cluster: None, run: Run, seed: int) -> None:
     async def kill() -> None:
         for share in range(1, 3):

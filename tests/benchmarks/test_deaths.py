@@ -122,6 +122,7 @@ async def test_a_run_that_lacks_a_result_or_has_one_twice_is_no_measurement(tmp_
         check(TINY, tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_the_death_of_a_real_worker_repeats_no_acknowledged_call(tmp_path: Path) -> None:
     outlived = outlive("a worker", TINY, tmp_path / "run", 1, random.Random(5))

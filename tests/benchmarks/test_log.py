@@ -52,6 +52,7 @@ def test_a_snapshot_that_loses_or_goes_back_is_seen(tmp_path: Path) -> None:
     assert reader.look() == {"lost"}  # bodies
 
 
+@pytest.mark.long
 def test_readers_writers_and_mergers_at_once(tmp_path: Path) -> None:
     told = log.snapshot_round(tmp_path, 60)
     assert told["wrong"] == 0

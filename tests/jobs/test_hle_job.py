@@ -48,7 +48,7 @@ def test_a_run_on_two_raylets_is_scored_and_the_second_makes_no_call(
 ) -> None:
     run_dir, out = tmp_path / "run", tmp_path / "figures.json"
     arguments = ("--run-dir", str(run_dir), "--json", str(out))
-    output = finished(cluster.job(*arguments))
+    output = finished(cluster.job(*arguments, "--pictures"))
     first = figures(out)
     assert (first["planned"], first["ok"], first["exit_code"]) == (QUESTIONS, QUESTIONS, 0), output
     assert first["model_calls"] == first["model_calls_total"] > 3 * QUESTIONS
@@ -70,7 +70,8 @@ def test_a_run_on_two_raylets_is_scored_and_the_second_makes_no_call(
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+    ("number", "code"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGTERM, 143), (signal.SIGKILL, -9)],
 )
 def test_a_driver_that_is_stopped_or_killed_half_way_is_finished_by_the_same_command(
     cluster: Cluster, tmp_path: Path, number: signal.Signals, code: int

@@ -162,6 +162,7 @@ def refused(process: subprocess.Popen[str], reason: str) -> None:
     assert output.startswith("error: run ") and reason in output and output.count("\n") == 1, output
 
 
+@pytest.mark.long
 def test_of_two_drivers_that_start_at_once_one_runs_and_a_signal_ends_it_within_10_s(
     expected: dict[str, Answer], job: Job
 ) -> None:
