@@ -54,7 +54,6 @@ RETRY_S = 0.25
 # (rollout key, trial, attempt, call_seq, event id) of a completed call. Without an event id it is a question:
 # may this attempt go on?
 Mark = tuple[str, int, int, int, str]
-Rows = Sequence[tuple[Any, ...]]
 
 
 _HEADER = struct.Struct("<I")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from ray.cluster_utils import Cluster
 from ray_app import events
 from ray_app.checkpoint import NAMESPACE, actor_name
 from ray_app.errors import StorageError
+from tests.disks import fill, mounted
 from tests.engine_runs import CALLS, TASKS, Run
 
 pytestmark = [
@@ -173,25 +173,8 @@ async def test_a_node_that_is_cut_off_and_comes_back_accuses_no_task_and_counts_
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MiB of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=False)
-    if mount.returncode:
-        pytest.skip("may not mount a tmpfs here")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(folder: Path) -> Path:
-    """Takes what is left of the disk."""
-    ballast = folder / "ballast"
-    with ballast.open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(b"0" * 4096)
-        except OSError:
-            return ballast
+    with mounted(tmp_path / "disk", "2m") as folder:
+        yield folder
 
 
 async def test_a_disk_that_is_full_for_a_while_is_waited_for(
