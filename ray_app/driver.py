@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -271,12 +271,25 @@ def _run(job: Job, work: planning.Plan, command: Command, held: lease.Lease) -> 
     object_store.push(job.run_dir, IDENTITY_FILES)
     make_solver = command.solver_for(urls)
     options = _options(job, held, len(work.items))
-    log = options.writer("driver")
+    # A driver that wakes up must not write the results that it had in hand when it was stopped.
+    log = options.writer("driver", guard=held.check)
     try:
-        return asyncio.run(_drive(job, work, make_solver, options, command, log=log, held=held))
+        with closed_at_the_end(log):
+            return asyncio.run(_drive(job, work, make_solver, options, command, log=log, held=held))
     finally:
-        log.close()
         ray_cluster.keep_service_logs(job.run_dir, since=started)
+
+
+@contextmanager
+def closed_at_the_end(log: EventWriter) -> Iterator[None]:
+    """Closes the log at the end; after an error, that is what the user is told, not what closing says."""
+    try:
+        yield
+    except BaseException:
+        with suppress(StorageError):
+            log.close()
+        raise
+    log.close()
 
 
 async def _drive(

@@ -223,6 +223,7 @@ class Commits:
             try:
                 return await asyncio.to_thread(self.log.flush)
             except StorageError:
+                self.is_ours()  # or nothing is to be waited for
                 if self.log.failing_s > self._patience_s:
                     raise
                 await asyncio.sleep(STORAGE_RETRY_S)

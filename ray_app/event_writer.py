@@ -17,7 +17,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +63,8 @@ class EventWriter:
     `writer_id` must be a safe file name that no other process start of this run has used: ids of events
     are built from it. `metadata` (a benchmark's canary, say) is stored with the schema of every file. Where
     the run is on an object store each flush is an object, named by `epoch`, and nothing is published.
+    `guard` is asked before each write and raises StorageError where this process may write no more: it may
+    have been stopped, and wake up with rows of a run that is another's by now.
 
     `append`, `payload` and `adopt` neither wait for storage nor fail for it: while writing fails (a full
     disk), rows stay in memory, `failing_s` and `failure` tell of it, and every timed sync tries again.
@@ -82,6 +84,7 @@ class EventWriter:
         metadata: Mapping[str, str] | None = None,
         tap: Tap | None = None,
         epoch: int = 0,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
         self._id = writer_id
         store = store_of(run_dir)
@@ -89,7 +92,7 @@ class EventWriter:
             flush_rows, flush_s = sys.maxsize, max(flush_s, STORE_FLUSH_S)
         self._flush_rows, self._flush_s = flush_rows, flush_s
         self._publish_s, self._publish_bytes = publish_s, publish_bytes
-        self._tap = tap
+        self._tap, self._guard = tap, guard
         tables = payload_files(run_dir), event_files(run_dir)
         _check_writer_id(writer_id, tables)
         self._payload_stream, self._event_stream = (
@@ -229,6 +232,8 @@ class EventWriter:
     def _write(self) -> None:
         """Writes what waits, payloads first: no reader may see an event before the payload it names."""
         with self._writing:
+            if self._waiting.rows or self._waiting.bodies:
+                self._guard()
             with self._lock:
                 batch, self._waiting = self._waiting, _Taken()
             try:

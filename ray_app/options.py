@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,11 +39,13 @@ class Options:
         """The same on this node."""
         return replace(self, run_dir=object_store.attach(self.url)) if self.url else self
 
-    def writer(self, name: str, tap: Tap | None = None) -> EventWriter:
+    def writer(
+        self, name: str, tap: Tap | None = None, guard: Callable[[], None] = lambda: None
+    ) -> EventWriter:
         """A log writer of its own for each process start, whatever else writes to this run."""
         writer_id = f"{self.writer_prefix(name)}{uuid.uuid4().hex[:8]}"
         metadata = {"canary": self.canary} if self.canary else None
-        return EventWriter(self.run_dir, writer_id, metadata=metadata, tap=tap, epoch=self.epoch)
+        return EventWriter(self.run_dir, writer_id, metadata=metadata, tap=tap, epoch=self.epoch, guard=guard)
 
     def writer_prefix(self, name: str) -> str:
         """How the ids of all writers of the process `name` begin, in this epoch."""

@@ -234,6 +234,25 @@ def test_rows_are_synced_only_by_a_sync(tmp_path: Path) -> None:
     assert (writer.taken, writer.synced) == (4, 4)
 
 
+def test_a_writer_that_may_write_no_more_leaves_the_log_as_it_is(tmp_path: Path) -> None:
+    replaced = threading.Event()
+
+    def guard() -> None:
+        if replaced.is_set():
+            raise StorageError("another driver has the run")
+
+    writer = EventWriter(tmp_path, "w", flush_s=0.005, guard=guard)
+    writer.append(turn(0))
+    writer.flush()
+    replaced.set()
+    writer.append(turn(1))
+    for store in (writer.flush, writer.sync, writer.close):
+        with pytest.raises(StorageError, match="another driver has the run"):
+            store()
+    assert read_numbers(tmp_path) == [0]
+    assert writer.failing_s == 0.0, "nothing is wrong with the storage"
+
+
 def test_a_writer_whose_stream_was_recovered_by_another_process_writes_again(tmp_path: Path) -> None:
     # A process that was stopped for a minute wakes up: a new driver has taken its files.
     writer = make_writer(tmp_path)

@@ -11,12 +11,13 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.jobs.cluster import Cluster, finished, running, until
-from tests.jobs.kills import Answer, Job, Witness, titled, witness
+from tests.jobs.kills import Answer, Job, Kill, Witness, titled, witness
 
 pytestmark = pytest.mark.cluster
 DONE = r"^\[HLE_TASK_COMPLETE\] .* status=done"
@@ -76,22 +77,25 @@ def test_a_worker_the_checkpoint_actor_the_model_server_and_a_node_die_one_after
 ) -> None:
     rng = random.Random(SEED)
     process = job.start(concurrency=12)
-    killed = [0.0]
+    killed: list[Kill] = []
 
-    def some_are_done() -> None:
+    @contextmanager
+    def one_dies() -> Iterator[None]:
         # A worker and the checkpoint actor within the time of one sync are one loss of both.
         for _ in range(rng.randint(3, 7)):
             until(process, DONE)
-        while time.time() - killed[-1] < LOST_S:
+        while killed and time.time() - killed[-1].done < LOST_S:
             until(process, DONE)
-        killed.append(time.time())
+        began = time.time()
+        yield
+        killed.append(Kill(began, time.time()))
 
     for title in rng.sample(["ray::Worker", "ray::Checkpoint", "ray::ServeReplica:baseline:baseline"], 3):
-        some_are_done()
-        rng.choice(titled(cluster, title, "head")).kill()
-    some_are_done()
-    assert titled(cluster, "ray::Worker", "second"), "a node without workers is no loss"
-    cluster.kill("second")
+        with one_dies():
+            rng.choice(titled(cluster, title, "head")).kill()
+    with one_dies():
+        assert titled(cluster, "ray::Worker", "second"), "a node without workers is no loss"
+        cluster.kill("second")
     cluster.join("second")
     complete(process)
 
@@ -112,6 +116,7 @@ def test_everything_dies_at_once_and_the_same_command_on_a_new_cluster_goes_on(
     process.kill()
     cluster.kill()
     process.wait()
+    gone = time.time()
     assert done <= len(job.told.rows("result")) < QUESTIONS
 
     cluster.start()
@@ -119,7 +124,7 @@ def test_everything_dies_at_once_and_the_same_command_on_a_new_cluster_goes_on(
     job.told.check(expected)
     assert {row["epoch"] for row in job.told.rows("result")} == {1, 2}
     assert job.told.repeated_of_ended(killed - LOST_S) == 0
-    assert job.witness.repeated(killed, settled_s=LOST_S) == 0
+    assert job.witness.repeated(Kill(killed, gone), settled_s=LOST_S) == 0
 
 
 def test_a_driver_that_is_stopped_past_its_lease_loses_the_run_and_harms_nothing(
