@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,11 +24,14 @@ from ray_app.config import RunConfig, load
 from ray_app.hle import make_solver, sandbox_of
 from ray_app.journal import Journal
 from ray_app.prompting import load_prompts
-from ray_app.records import ChatReply, Event, Task
+from ray_app.records import ChatReply, Event, Retrieval, Task
 from ray_app.sample.corpus import corpus_rows, ids_by_name, load_questions, scope_of
 from ray_app.sample.generate import generate
 from ray_app.sandbox import available_isolation
 from ray_app.tools.search import DocumentSource
+
+if TYPE_CHECKING:
+    from ray_app.retrieval.search import LocalRetriever
 
 CONFIG = Path(__file__).parent.parent / "configs" / "hle_sample.yaml"
 IN_FLIGHT = 8
@@ -109,7 +112,18 @@ def encoded(rows: Rows, scopes: Mapping[str, Sequence[int]], folder: Path) -> Do
     (folder / "examples.json").write_text(json.dumps(scopes))
     encoder = load_encoder(threads=os.cpu_count())
     index = ensure_index(folder / "corpus.jsonl", encoder, folder / "indexes", _say)
-    return LocalRetriever(open_searcher(index, folder / "examples.json", encoder, Filters()), encoder)
+    searcher = open_searcher(index, folder / "examples.json", encoder, Filters())
+    return WithoutWeb(LocalRetriever(searcher, encoder))
+
+
+@dataclass(frozen=True)
+class WithoutWeb:
+    """The retriever of this process, which has nothing to fall back on."""
+
+    local: LocalRetriever
+
+    async def retrieve(self, query: str, *, scope_id: str | None, top_k: int) -> Retrieval:
+        return Retrieval(tuple(await self.local.retrieve(query, scope_id, top_k)))
 
 
 def _say(done: int, total: int) -> None:

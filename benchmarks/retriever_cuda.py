@@ -35,7 +35,7 @@ from benchmarks.cuda_parts import (
     set_compiled,
 )
 from benchmarks.figures import Figure, write
-from ray_app.retrieval.corpus import IntArray
+from benchmarks.retriever_data import draw_scopes
 from ray_app.retrieval.gpu import SCORE_TOLERANCE, DeviceIndex, ResidentVectors, Scopes
 from ray_app.retrieval.index import VectorIndex
 
@@ -44,10 +44,6 @@ TOP_K, FLAT_TOP_K = 50, 1000
 SHARE_TARGET = 0.60
 # Batches that take turns, so that no call finds its rows in the cache where the last one left them.
 ROTATED = 4
-# Unique documents per question in the HLE scope map: (share of the questions, at most so many).
-SCOPE_SIZES = ((0, 0), (0.002, 3), (0.068, 50), (0.1, 74), (0.5, 100), (0.75, 125))
-SCOPE_TAIL = ((0.9, 163), (0.95, 186), (0.99, 240), (0.999, 400), (1, 675))
-
 # The arguments of transformers' Qwen3Config for Qwen3-Embedding-8B.
 LARGE_ENCODER = {
     "vocab_size": 151_665,
@@ -222,14 +218,6 @@ class Bench:
 
     def _normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=self.device)
-
-
-def draw_scopes(rng: np.random.Generator, count: int, total: int) -> list[IntArray]:
-    """Sorted distinct rows per question, sized as the HLE scope map's; the last has the most it has."""
-    shares, sizes = zip(*SCOPE_SIZES, *SCOPE_TAIL, strict=True)
-    drawn = np.interp(rng.random(count), shares, sizes).astype(int)
-    drawn[-1] = sizes[-1]
-    return [np.sort(rng.choice(total, size, replace=False)) for size in drawn]
 
 
 def least_bytes(queries: torch.Tensor, scopes: Scopes, vectors: torch.Tensor) -> int:

@@ -5,33 +5,52 @@ is deployed is what it would deploy.
 """
 
 # No `from __future__ import annotations` here: Serve reads the builders' annotations as types.
-import subprocess
-import sys
-from typing import Any
+import os
+from functools import partial
+from typing import Any, Self
 
-from pydantic import BaseModel, model_validator
+import ray
+from pydantic import BaseModel, Field, model_validator
 from ray.serve import Application
 
 from ray_app.baseline.deployment import BaselineConfig, baseline_app
 from ray_app.records import digest
 from ray_app.retrieval.build import MANIFEST, index_folder
-from ray_app.retrieval.deployment import RetrieverConfig, retriever_app
-from ray_app.retrieval.encoder import encoder_label
-from ray_app.rundir import PACKAGE, code_digest, commit, home
+from ray_app.retrieval.build_job import Device, Order, Patience, carry_out
+from ray_app.retrieval.config import RetrieverConfig, knobs_of_environment
+from ray_app.retrieval.deployment import retriever_app
+from ray_app.retrieval.encoder import FACTORY, encoder_label
+from ray_app.rundir import code_digest, commit, home
 from ray_app.sample.prepare import prepare, sample_files
+
+# The GPU that an index needs may be held by the very replica that it is built for.
+GPU_PATIENCE_S = 600.0
 
 
 class RetrieverArgs(RetrieverConfig):
-    """Arguments of `retriever`. `sample: true` stands for the bundled corpus and its scopes."""
+    """Arguments of `retriever`. `sample: true` stands for the bundled corpus and its scopes.
+
+    Knobs that are not given come from the variables RETRIEVAL_FAISS_K, RETRIEVAL_MAX_BATCH_SIZE and
+    RETRIEVAL_MAX_WAIT_MS; `user_config` are those that a running service may be told of.
+    """
 
     sample: bool = False
+    user_config: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _knows_its_knobs(self) -> Self:
+        self.knobs.changed(self.user_config)
+        return self
 
     @model_validator(mode="before")
     @classmethod
     def _sample_paths(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        values = {"cache_dir": str(home() / "indexes"), **values}
+        knobs = knobs_of_environment(os.environ)
+        if "mode" in values:
+            knobs.pop("faiss_k", None)
+        values = {"cache_dir": str(home() / "indexes"), **knobs, **values}
         if values.get("sample"):
             files = sample_files(home())
             values |= {"corpus_jsonl": str(files.corpus), "examples": str(files.examples)}
@@ -44,23 +63,29 @@ def retriever(args: RetrieverArgs) -> Application:
         prepare(home())
     _build_index(args)
     commit()  # noted for jobs that run from a copy of this code without its repository
-    return retriever_app(args, service_digest("ray_app.app:retriever", args))
+    identity = service_digest("ray_app.app:retriever", args.model_copy(update={"user_config": {}}))
+    return retriever_app(args, identity, args.user_config)
 
 
 def _build_index(args: RetrieverArgs) -> None:
-    """Build a missing index here, with every core and progress, rather than in a replica with one core.
+    """Has a missing index built by the whole cluster, with progress, rather than by a replica with one core.
 
-    In a process of its own, so that the model leaves no memory behind.
+    Raises EvalError, which Serve or the job shows as the reason.
     """
     if args.corpus_jsonl is None or args.cache_dir is None:
         return
-    label = encoder_label(args.encoder, args.dtype)
-    if (index_folder(args.corpus_jsonl, label, args.cache_dir) / MANIFEST).exists():
+    if FACTORY.fullmatch(args.encoder) or not ray.is_initialized():
+        # The replica builds it: only there is known what an encoder of one's own calls itself, and
+        # `serve run ray_app.app:retriever` calls this before it joins a cluster.
+        return
+    label = encoder_label(args.encoder, args.dtype, args.truncate_dim)
+    folder = index_folder(args.corpus_jsonl, label, args.cache_dir)
+    if (folder / MANIFEST).exists():
         return
     print("index: not there yet, embedding the corpus once", flush=True)
-    build = [sys.executable, "-m", "ray_app.retrieval.build", str(args.corpus_jsonl), str(args.cache_dir)]
-    # A failure shows itself in the replica, which tries again and gives Serve the reason.
-    subprocess.run([*build, args.encoder, args.dtype, args.device], cwd=PACKAGE, check=False)
+    device: Device = "cuda" if args.device.startswith("cuda") else "cpu"
+    order = Order(args.corpus_jsonl, folder, args.encoder, args.dtype, args.truncate_dim, device)
+    carry_out(order, partial(print, flush=True), patience=Patience(gpu_s=GPU_PATIENCE_S))
 
 
 def baseline(args: BaselineConfig) -> Application:

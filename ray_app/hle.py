@@ -102,7 +102,8 @@ async def check_services(job: Job, service_urls: Mapping[str, str]) -> dict[str,
             f"retriever {settings.service!r} has no scope for {len(unknown)} of {len(scoped)} questions "
             f"(first: {unknown[0]!r}); start it with the examples file of dataset.scopes"
         )
-    return {"retriever_index": (await retriever.info())["index"]}
+    info = await retriever.info()
+    return {"retriever_index": info["index"], "retriever_policy": info["policy"]}
 
 
 async def _check_routes(config: RunConfig, router: Router) -> None:

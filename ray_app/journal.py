@@ -23,6 +23,7 @@ from ray_app.records import (
     EventKind,
     ExecutionResult,
     Hit,
+    Retrieval,
     Role,
     Task,
     ToolCall,
@@ -227,8 +228,9 @@ class Journal:
         self.sink.append(row)
 
     def _counted(self, output: T) -> T:
-        if isinstance(output, ChatReply):
+        if isinstance(output, ChatReply | Retrieval):
             self.cost_usd += output.cost_usd
+        if isinstance(output, ChatReply):
             self.usage = Usage(
                 self.usage.prompt_tokens + output.usage.prompt_tokens,
                 self.usage.completion_tokens + output.usage.completion_tokens,
@@ -277,19 +279,38 @@ def _chat_columns(reply: ChatReply) -> dict[str, Any]:
     }
 
 
-def _encode_hits(hits: list[Hit], keep: Callable[[str], str]) -> str:
-    rows = [{**asdict(hit), "text": keep(hit.text)} for hit in hits]
-    return json.dumps(rows, ensure_ascii=False)
+def _encode_retrieval(found: Retrieval, keep: Callable[[str], str]) -> str:
+    hits = [{**asdict(hit), "text": keep(hit.text)} for hit in found.hits]
+    value = {"cost_usd": found.cost_usd, "web_calls": found.web_calls, "web_error": found.web_error}
+    return json.dumps({"hits": hits, **value}, ensure_ascii=False)
 
 
-def _decode_hits(body: str, texts: Mapping[str, str]) -> list[Hit]:
-    return [Hit(**{**row, "text": texts[row["text"]]}) for row in json.loads(body)]
+def _decode_retrieval(body: str, texts: Mapping[str, str]) -> Retrieval:
+    value = _retrieval(body)
+    hits = tuple(Hit(**{**row, "text": texts[row["text"]]}) for row in value.pop("hits"))
+    return Retrieval(hits, **value)
 
 
-def _hit_columns(hits: list[Hit]) -> dict[str, Any]:
-    web = sum(hit.source == "tavily" for hit in hits)
-    backend = "tavily_fallback" if web else "local_only"
-    return {"search_backend": backend, "local_hits": len(hits) - web, "web_hits": web}
+def named_texts(body: str) -> set[str]:
+    """The names of the texts that stand beside the payload of a retrieval."""
+    return {hit["text"] for hit in _retrieval(body)["hits"]}
+
+
+def _retrieval(body: str) -> dict[str, Any]:
+    value = json.loads(body)
+    # A run that began with an older version has the bare hits there; it may be resumed.
+    return {"hits": value} if isinstance(value, list) else value
+
+
+def _retrieval_columns(found: Retrieval) -> dict[str, Any]:
+    web = sum(hit.source == "tavily" for hit in found.hits)
+    return {
+        "search_backend": "tavily_fallback" if web else "local_only",
+        "local_hits": len(found.hits) - web,
+        "web_hits": web,
+        "cost_usd": found.cost_usd,
+        "detail": found.web_error,
+    }
 
 
 def _encode_run(result: ExecutionResult, keep: Callable[[str], str]) -> str:
@@ -306,5 +327,5 @@ def _run_columns(result: ExecutionResult) -> dict[str, Any]:
 
 
 CHAT: Codec[ChatReply] = Codec("model_call", _encode_chat, _decode_chat, _chat_columns)
-RETRIEVAL: Codec[list[Hit]] = Codec("retrieval", _encode_hits, _decode_hits, _hit_columns)
+RETRIEVAL: Codec[Retrieval] = Codec("retrieval", _encode_retrieval, _decode_retrieval, _retrieval_columns)
 CODE: Codec[ExecutionResult] = Codec("code", _encode_run, _decode_run, _run_columns)

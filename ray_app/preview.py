@@ -110,8 +110,9 @@ def _mean_cost(config: RunConfig, call: Usage) -> float:
 
 def _so_far(run_dir: Path) -> tuple[int, int, float]:
     query = f"""
-        select (select count(*) from results), count(*), coalesce(sum(cost_usd), 0)
-        from events where kind = 'model_call' and not {events.SECOND_OPINION}
+        select (select count(*) from results), count(*) filter (kind = 'model_call'),
+               coalesce(sum(cost_usd), 0)
+        from events where kind in ('model_call', 'retrieval') and not {events.SECOND_OPINION}
     """
     with events.connect(run_dir) as log:
         finished, calls, spent = log.execute(query).fetchall()[0]

@@ -6,7 +6,6 @@ Reading means a look over the whole log, so one read serves all who ask at the s
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from ray_app import events
 from ray_app.errors import StorageError
-from ray_app.journal import Note, Record, RecordedCall
+from ray_app.journal import Note, Record, RecordedCall, named_texts
 from ray_app.planning import Key
 
 CALL_KINDS = ("model_call", "retrieval", "code")
@@ -130,5 +129,5 @@ def _with_bodies(run_dir: Path, rows: list[dict[str, Any]]) -> list[tuple[Key, R
 
 
 def _texts(row: Mapping[str, Any], bodies: Mapping[str, str]) -> set[str]:
-    hits: list[dict[str, Any]] = json.loads(bodies.get(row["payload_hash"], "[]"))
-    return {hit["text"] for hit in hits}
+    body = bodies.get(row["payload_hash"])
+    return set() if body is None else named_texts(body)

@@ -118,6 +118,21 @@ class Hit:
 
 
 @dataclass(frozen=True, slots=True)
+class Retrieval:
+    """What one retrieval brought: local hits, best first, then web hits (scores -1, -2, ...).
+
+    `cost_usd` and `web_calls` are what it paid to the web: answers that were cached, or paid for by another
+    retrieval that asked the same at the same time, are free. `web_error` says in one line what went wrong
+    with a web fallback, "" where nothing did; the hits that came all the same are there.
+    """
+
+    hits: tuple[Hit, ...]
+    cost_usd: float = 0.0
+    web_calls: int = 0
+    web_error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ExecutionResult:
     """What a sandboxed program did. `isolation` names the layers that really held."""
 

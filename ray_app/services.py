@@ -31,7 +31,7 @@ SAY_EVERY_S = 10
 
 @dataclass(frozen=True)
 class Service:
-    """One application of the Serve config."""
+    """One application of the Serve config. `args` has, as `user_config`, what its deployments are set to."""
 
     name: str
     import_path: str
@@ -69,7 +69,7 @@ def read_serve_config(path: str | None) -> ServeConfig:
         values = yaml.safe_load(file.read_text())
         http = values.get("http_options", {})
         services = [
-            Service(app["name"], app["import_path"], app.get("route_prefix", "/"), app.get("args", {}))
+            Service(app["name"], app["import_path"], app.get("route_prefix", "/"), _args(app))
             for app in values["applications"]
         ]
     except OSError as error:
@@ -82,6 +82,16 @@ def read_serve_config(path: str | None) -> ServeConfig:
         values.get("proxy_location", "EveryNode"),
         {service.name: service for service in services},
     )
+
+
+def _args(app: Mapping[str, Any]) -> dict[str, Any]:
+    """The builder's arguments. Serve applies `deployments:` to what the builder made; here it is told."""
+    settings = {
+        name: value
+        for deployment in app.get("deployments", ())
+        for name, value in (deployment.get("user_config") or {}).items()
+    }
+    return {**app.get("args", {}), **({"user_config": settings} if settings else {})}
 
 
 def needed(config: RunConfig) -> list[str]:

@@ -6,6 +6,7 @@ safest. Cuts are counted in the called model's own tokens and never touch the qu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ray_app.config import ContextBudget
@@ -44,7 +45,7 @@ class Workspace:
     runs: list[CodeRun] = field(default_factory=list)
     tools_used: list[str] = field(default_factory=list)
 
-    def add_hits(self, hits: list[Hit]) -> int:
+    def add_hits(self, hits: Sequence[Hit]) -> int:
         """Add unseen texts, best hit last (nearest to the end that a cut keeps); returns how many."""
         known = set(self.documents)
         fresh = list(dict.fromkeys(hit.text for hit in hits if hit.text not in known))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ray_app.chat import ChatRequest
 from ray_app.config import RunConfig
 from ray_app.journal import NOTHING, Journal, Record, RecordedCall
-from ray_app.records import ChatReply, Event, Hit, Task, ToolCall, Usage
+from ray_app.records import ChatReply, Event, Hit, Retrieval, Task, ToolCall, Usage
 
 Script = Callable[[ChatRequest], ChatReply | Exception]
 
@@ -43,14 +43,16 @@ class ScriptedModel:
 
 @dataclass
 class FixedRetriever:
-    """Returns the same hits for every query."""
+    """Returns the same hits for every query, at the same price."""
 
     hits: list[Hit]
+    cost_usd: float = 0.0
+    web_error: str = ""
     queries: list[tuple[str, str | None]] = field(default_factory=list)
 
-    async def retrieve(self, query: str, *, scope_id: str | None, top_k: int) -> list[Hit]:
+    async def retrieve(self, query: str, *, scope_id: str | None, top_k: int) -> Retrieval:
         self.queries.append((query, scope_id))
-        return self.hits[:top_k]
+        return Retrieval(tuple(self.hits[:top_k]), self.cost_usd, int(self.cost_usd > 0), self.web_error)
 
 
 @dataclass

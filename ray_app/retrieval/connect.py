@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from collections.abc import Mapping
 
 import aiohttp
 
 from ray_app.config import Retriever
 from ray_app.errors import DatasetError, EvalError, RetrieverError, ToolError
-from ray_app.records import Hit
+from ray_app.records import Hit, Retrieval
 from ray_app.retrieval.client import HandleRetriever
+from ray_app.retrieval.http_api import CALLS_HEADER, COST_HEADER, ERROR_HEADER
 from ray_app.tools.search import DocumentSource
 
 
@@ -21,14 +24,20 @@ def connect(config: Retriever) -> DocumentSource:
 
 
 class HttpRetriever:
-    """Any server with the `/retrieve` contract. One try a call: the engine repeats the attempt."""
+    """Any server with the `/retrieve` contract. One try a call: the engine repeats the attempt.
+
+    What the server paid to the web is known only where it says so in its headers, as ours does.
+    """
 
     def __init__(self, url: str, timeout_s: float) -> None:
         self._url, self._timeout_s = url.rstrip("/"), timeout_s
         self._session: aiohttp.ClientSession | None = None
 
-    async def retrieve(self, query: str, *, scope_id: str | None, top_k: int) -> list[Hit]:
-        """Hits, best first. Raises ToolError (bad query), DatasetError (unknown scope), RetrieverError."""
+    async def retrieve(self, query: str, *, scope_id: str | None, top_k: int) -> Retrieval:
+        """What the server found.
+
+        Raises ToolError (bad query), DatasetError (unknown scope), RetrieverError.
+        """
         body = {"queries": [query], "topk": top_k, "return_scores": True}
         if scope_id is not None:
             body["eid"] = scope_id
@@ -41,17 +50,30 @@ class HttpRetriever:
                 if reply.status >= 400:
                     text = " ".join((await reply.text()).split())[:300]
                     raise _kind(reply.status)(f"retriever {self._url}: HTTP {reply.status}: {text}")
-                return [_hit(item) for item in (await reply.json())[0]]
+                return _retrieval((await reply.json())[0], reply.headers)
         except TimeoutError:
             raise RetrieverError(f"retriever {self._url}: no answer in {self._timeout_s:g} s") from None
         except (aiohttp.ClientError, ValueError, KeyError, IndexError, TypeError) as error:
             raise RetrieverError(f"retriever {self._url}: {type(error).__name__}: {error}") from None
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        if self._session is not None:
+            await self._session.close()
 
 
 def _kind(status: int) -> type[EvalError]:
     if status == 404:
         return DatasetError  # the retriever was started with other scopes than the run
     return ToolError if status in {400, 413, 422} else RetrieverError
+
+
+def _retrieval(items: list[dict[str, object]], headers: Mapping[str, str]) -> Retrieval:
+    cost_usd = float(headers.get(COST_HEADER, 0))
+    if not (math.isfinite(cost_usd) and cost_usd >= 0):
+        raise ValueError(f"{COST_HEADER} is {cost_usd:g}; expected US dollars")
+    calls, error = int(headers.get(CALLS_HEADER, 0)), headers.get(ERROR_HEADER, "")
+    return Retrieval(tuple(_hit(item) for item in items), cost_usd, calls, error)
 
 
 def _hit(item: dict[str, object]) -> Hit:

@@ -1,124 +1,124 @@
-"""The retriever on Ray Serve: its config, its deployment class and the builder.
+"""The retriever on Ray Serve: its deployment class and the builder.
 
-Thin on purpose: searching is `LocalRetriever`'s, the wire `http_api`'s. The HTTP port has no
-authentication; keep it on loopback or behind something that has.
+Thin on purpose: searching is `LocalRetriever`'s, the wire `http_api`'s, the web `web_deployment`'s. Single
+calls (HTTP, `retrieve`) are grouped at the door by `@serve.batch`; groups that a caller made itself
+(`retrieve_group`, which `client.HandleRetriever` uses) go past it. Both end in one queue, from which the
+encoder takes all that waits. The HTTP port has no authentication; keep it on loopback or behind something
+that has.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import pickle
 import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, Self
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import BackpressureConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, BackpressureConfig
+from ray.serve.handle import DeploymentHandle
 
 from ray_app.errors import EvalError, RetrieverError
-from ray_app.records import Hit, digest
-from ray_app.retrieval.batcher import Limits
+from ray_app.records import Hit, Retrieval, digest
+from ray_app.retrieval import group_wire
 from ray_app.retrieval.build import default_cache_dir, ensure_corpus, ensure_index, read_manifest
-from ray_app.retrieval.encoder import BUNDLED, Dtype, Encoder, load_encoder
+from ray_app.retrieval.config import Autoscaling, Knobs, RetrieverConfig
+from ray_app.retrieval.encoder import Encoder, load_encoder
 from ray_app.retrieval.http_api import RETRY_AFTER_S, build_http_app
-from ray_app.retrieval.index import EXACT, MIN_SCORE, postfilter_depth
-from ray_app.retrieval.search import MIN_CHARS, Filters, LocalRetriever, Query, Searcher, open_searcher
+from ray_app.retrieval.metrics import Meters
+from ray_app.retrieval.search import LocalRetriever, Query, Searcher, open_searcher
+from ray_app.retrieval.web_deployment import web_deployment
 
+WAITING = "waiting"
 HEALTH_TTL_S = 1.0
 HEALTH_TIMEOUT_S = 10.0
+# Serve's own check: an encoder that has answered within this time needs no trial search.
+PROGRESS_S = 30.0
 
 Ticket = asyncio.Future[list[Hit]] | EvalError
 
 
-class RetrieverConfig(BaseModel):
-    """Arguments of the retriever application.
-
-    Either `index_dir` (built before), or `corpus_jsonl`, from which an index is built at the first start.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    index_dir: Path | None = None
-    corpus_jsonl: Path | None = None
-    examples: Path | None = Field(None, description="question id -> allowed document ids")
-    cache_dir: Path | None = Field(None, description="where indexes are built; default: the user's cache")
-    encoder: str = BUNDLED
-    device: str = "cpu"
-    dtype: Dtype = "float32"
-    mode: str = Field(EXACT, description="exact, or postfilter:K for parity with a global top K")
-    unscoped: Literal["deny", "search"] = "deny"
-    min_score: float = Field(MIN_SCORE, description="hits score more than this")
-    min_chars: int = Field(MIN_CHARS, ge=0, description="hits have more characters than this")
-    max_batch_size: int = Field(64, gt=0)
-    batch_wait_s: float = Field(0.0, ge=0)
-    token_budget: int = Field(4096, gt=0, description="tokens of one micro-batch, padding included")
-    max_ongoing_requests: int = Field(512, gt=0, description="queries that one replica holds")
-    max_queued_requests: int = Field(1024, gt=0, description="queries that wait at each caller; then 503")
-    num_cpus: float = Field(1.0, gt=0, description="of one replica; also its encoder threads")
-    num_replicas: int = Field(1, gt=0)
-
-    @field_validator("mode")
-    @classmethod
-    def _known_mode(cls, mode: str) -> str:
-        postfilter_depth(mode)
-        return mode
-
-    @model_validator(mode="after")
-    def _has_one_source(self) -> Self:
-        if (self.index_dir is None) == (self.corpus_jsonl is None):
-            raise ValueError("give index_dir or corpus_jsonl, and not both")
-        if self.examples is None and self.unscoped == "deny":
-            raise ValueError("without examples every query would be refused; set unscoped: search")
-        return self
-
-    def limits(self) -> Limits:
-        return Limits(self.max_ongoing_requests, self.max_batch_size, self.token_budget)
-
-    def filters(self) -> Filters:
-        return Filters(self.min_score, self.min_chars, self.mode, self.unscoped)
-
-
 class RetrieverDeployment:
-    """One replica: HTTP through `build_http_app`, and `retrieve` and `info` by handle."""
+    """One replica: HTTP through `build_http_app`, and by handle `retrieve`, `retrieve_group` and `info`."""
 
-    def __init__(self, config: RetrieverConfig, service_digest: str) -> None:
+    def __init__(
+        self, config: RetrieverConfig, service_digest: str, web: DeploymentHandle | None = None
+    ) -> None:
         threads = max(1, int(config.num_cpus))
-        encoder = load_encoder(config.encoder, device=config.device, threads=threads, dtype=config.dtype)
-        self._retriever = LocalRetriever(open_index(config, encoder), encoder, config.limits())
-        self._info = _info(config, self._retriever.searcher, service_digest)
-        self._healthy_at = -HEALTH_TTL_S
+        encoder = load_encoder(
+            config.encoder,
+            device=config.device,
+            threads=threads,
+            dtype=config.dtype,
+            truncate_dim=config.truncate_dim,
+        )
+        self._config, self._knobs, self._web = config, config.knobs, web
+        self._meters = Meters()
+        searcher = open_index(config, encoder)
+        self._retriever = LocalRetriever(searcher, encoder, config.limits(self._knobs), self._progress)
+        self._info = _info(config, searcher, service_digest)
+        self._healthy_at = self._progressed_at = -PROGRESS_S
         self._health_lock = asyncio.Lock()
-        # One batch at a time is enough: its body only queues, and each caller then awaits its own
-        # future. So no caller waits for the rest of its group, and cancelling one cancels one.
-        self._enqueue = serve.batch(
-            max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_s
-        )(self._submit_all)
+        self._enqueue = self._door(self._knobs)
+
+    def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Turns knobs while queries go on. Raises ValueError for one that does not exist or fit."""
+        self._knobs = knobs = self._config.knobs.changed(user_config)
+        self._retriever.searcher.filters = self._config.filters(knobs)
+        self._retriever.batcher.limits = self._config.limits(knobs)
+        self._enqueue = self._door(knobs)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_http_app(self)
 
-    async def retrieve(self, query: str, *, scope_id: str | None, top_k: int) -> list[Hit]:
-        """Hits for one query, best first. Raises BadQuery, UnknownScope, RetrieverError."""
+    async def retrieve(self, query: str, *, scope_id: str | None, top_k: int) -> Retrieval:
+        """What is found for one query. Raises BadQuery, UnknownScope, RetrieverError."""
         return await self.search(Query(query, scope_id, top_k))
 
+    async def retrieve_group(self, packed: bytes) -> AsyncIterator[bytes]:
+        """Answers to a pickled list of queries, in parts as `group_wire` has them.
+
+        Each part comes as soon as its queries are answered, whatever the others take.
+        """
+        queries = [Query(*fields) for fields in pickle.loads(packed)]
+        positions = {
+            asyncio.ensure_future(self._answer(query, self._submit(query))): position
+            for position, query in enumerate(queries)
+        }
+        pending = set(positions)
+        try:
+            while pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for part in group_wire.packed((positions[task], answer_of(task)) for task in done):
+                    yield part
+        finally:
+            for task in pending:
+                task.cancel()
+
     async def info(self) -> dict[str, str]:
-        """What this service is: digest, encoder, index, sizes and policy."""
-        return self._info
+        """What this service is: digest, encoder, index, sizes, and as `policy` what decides its hits."""
+        knobs, config = self._knobs, self._config
+        web = "off" if config.web is None else f"below {config.min_local_hits} hits"
+        policy = f"{knobs.mode}, score > {knobs.min_score:g}, over {knobs.min_chars} characters, web {web}"
+        return {**self._info, "policy": policy}
+
+    async def stats(self) -> dict[str, Any]:
+        """Of this replica: sums since it started (`metrics.Totals`), its process, the queries that wait."""
+        now = {"pid": os.getpid(), WAITING: self._retriever.batcher.waiting}
+        return {**self._meters.totals.as_dict(), **now}
 
     async def unknown_scopes(self, question_ids: list[str]) -> list[str]:
         """Those of `question_ids` that a scoped search would refuse."""
         scopes = self._retriever.searcher.scopes
         return [name for name in question_ids if scopes is None or name not in scopes.positions]
 
-    async def search(self, query: Query) -> list[Hit]:
+    async def search(self, query: Query) -> Retrieval:
         """As `retrieve`."""
-        ticket: Ticket = await self._enqueue(query)
-        if isinstance(ticket, EvalError):
-            raise ticket
-        return await ticket
+        return await self._answer(query, await self._enqueue(query))
 
     async def health(self) -> dict[str, Any]:
         """Encodes and searches, at most once a second. Raises RetrieverError when that fails."""
@@ -126,20 +126,31 @@ class RetrieverDeployment:
             if time.monotonic() - self._healthy_at >= HEALTH_TTL_S:
                 await self._probe()
                 self._healthy_at = time.monotonic()
-        return {"status": "ok", **self._info, "documents": len(self._retriever.searcher.corpus)}
+        return {"status": "ok", **await self.info(), "documents": len(self._retriever.searcher.corpus)}
 
     async def check_health(self) -> None:
-        """Serve's own periodic check: replaces a replica whose encoder thread has ended."""
-        if not self._retriever.is_alive:
-            raise RetrieverError("the encoder thread has ended")
+        """Serve's own periodic check; a replica that fails it is replaced.
 
-    async def _probe(self) -> None:
-        try:
-            await asyncio.wait_for(self._retriever.probe(), HEALTH_TIMEOUT_S)
-        except RetrieverError:
-            raise
-        except Exception as error:  # whatever the encoder raises, this service cannot search
-            raise RetrieverError(f"a trial search failed: {type(error).__name__}: {error}") from error
+        A trial search, but where answers come anyway: behind a full queue it would take its time.
+        """
+        if not self._retriever.is_alive:
+            raise RetrieverError("a thread of the encoder has ended")
+        if time.monotonic() - self._progressed_at >= PROGRESS_S:
+            await self._probe()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `replicas_for` decides by: queries, where Serve itself would count calls."""
+        return {WAITING: float(self._retriever.batcher.waiting)}
+
+    def __del__(self) -> None:
+        if hasattr(self, "_retriever"):  # nothing to close where starting failed
+            self._retriever.close()
+
+    def _door(self, knobs: Knobs) -> Any:
+        # One batch at a time is enough: its body only queues, and each caller then awaits its own
+        # future. So no caller waits for the rest of its group, and cancelling one cancels one.
+        gather = serve.batch(max_batch_size=knobs.max_batch_size, batch_wait_timeout_s=knobs.batch_wait_s)
+        return gather(self._submit_all)
 
     async def _submit_all(self, queries: Sequence[Query]) -> list[Ticket]:
         return [self._submit(query) for query in queries]
@@ -150,22 +161,95 @@ class RetrieverDeployment:
         except EvalError as error:  # returned, because an exception would fail the whole group
             return error
 
+    async def _answer(self, query: Query, ticket: Ticket) -> Retrieval:
+        if isinstance(ticket, EvalError):
+            raise ticket
+        hits = await ticket
+        enough = min(query.top_k, self._config.min_local_hits)
+        if self._web is None or query.scope_id is None or len(hits) >= enough:
+            return Retrieval(tuple(hits))
+        return await self._with_web(query, hits, self._web)
 
-def retriever_app(config: RetrieverConfig, service_digest: str = "") -> Application:
-    """The Serve application; `info` and /health report `service_digest` as this service's identity."""
+    async def _with_web(self, query: Query, hits: list[Hit], web: DeploymentHandle) -> Retrieval:
+        """The web's pages behind the local hits. A fallback that fails is told of, and fails nothing."""
+        self._meters.fallback()
+        try:
+            found: Retrieval = await web.search.remote(query.text, query.top_k - len(hits))
+        except Exception as error:  # the deployment is away, or full
+            reason = " ".join(str(error).split())[-300:]
+            return Retrieval(tuple(hits), web_error=f"{type(error).__name__}: {reason}")
+        return Retrieval((*hits, *found.hits), found.cost_usd, found.web_calls, found.web_error)
+
+    def _progress(self, batch: Any) -> None:
+        self._progressed_at = time.monotonic()
+        self._meters.batch(batch)
+
+    async def _probe(self) -> None:
+        try:
+            await asyncio.wait_for(self._retriever.probe(), HEALTH_TIMEOUT_S)
+        except RetrieverError:
+            raise
+        except Exception as error:  # whatever the encoder raises, this service cannot search
+            raise RetrieverError(f"a trial search failed: {type(error).__name__}: {error}") from error
+
+
+def answer_of(task: asyncio.Task[Retrieval]) -> group_wire.Answer:
+    error = task.exception()
+    if error is None:
+        return task.result()
+    return error if isinstance(error, EvalError) else RetrieverError(f"{type(error).__name__}: {error}")
+
+
+def retriever_app(
+    config: RetrieverConfig, service_digest: str = "", user_config: Mapping[str, Any] | None = None
+) -> Application:
+    """The Serve application; `info` and /health report `service_digest` as this service's identity.
+
+    `user_config` are knobs that differ from the config's; a Serve config that changes them restarts nothing.
+    """
     deployment = serve.deployment(
         serve.ingress()(RetrieverDeployment),
         name="retriever",
-        num_replicas=config.num_replicas,
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_queued_requests,
         backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_S),
-        ray_actor_options={
-            "num_cpus": config.num_cpus,
-            "num_gpus": 1 if config.device.startswith("cuda") else 0,
-        },
+        graceful_shutdown_timeout_s=config.drain_s,
+        user_config=dict(user_config or {}),
+        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": _gpus(config)},
+        **_scale(config),
     )
-    return deployment.bind(config, service_digest)
+    web = None if config.web is None else web_deployment(config.web)
+    return deployment.bind(config, service_digest, web)
+
+
+def _gpus(config: RetrieverConfig) -> float:
+    if config.num_gpus is not None:
+        return config.num_gpus
+    return 1.0 if config.device.startswith("cuda") else 0.0
+
+
+def _scale(config: RetrieverConfig) -> dict[str, Any]:
+    if config.autoscaling is None:
+        return {"num_replicas": config.num_replicas}
+    return {"autoscaling_config": _autoscaling(config.autoscaling)}
+
+
+def _autoscaling(scaling: Autoscaling) -> AutoscalingConfig:
+    return AutoscalingConfig(
+        min_replicas=scaling.min_replicas,
+        max_replicas=scaling.max_replicas,
+        target_ongoing_requests=scaling.target_queries,
+        upscale_delay_s=scaling.upscale_delay_s,
+        downscale_delay_s=scaling.downscale_delay_s,
+        policy=AutoscalingPolicy(policy_function="ray_app.retrieval.deployment:replicas_for"),
+    )
+
+
+def replicas_for(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
+    """Replicas for the queries that wait in all of them; Serve keeps to the bounds and the delays."""
+    waiting = (context.aggregated_metrics or {}).get(WAITING, {})
+    queries = sum(waiting.values()) + (context.total_queued_requests or 0)
+    return queries / context.config.target_ongoing_requests, {}
 
 
 def open_index(config: RetrieverConfig, encoder: Encoder) -> Searcher:
@@ -178,7 +262,8 @@ def open_index(config: RetrieverConfig, encoder: Encoder) -> Searcher:
     else:
         assert config.corpus_jsonl is not None  # the config's validator saw to it
         index_dir = ensure_index(config.corpus_jsonl, encoder, cache_dir)
-    return open_searcher(index_dir, config.examples, encoder, config.filters(), corpus_path)
+    filters = config.filters(config.knobs)
+    return open_searcher(index_dir, config.examples, encoder, filters, corpus_path, config.device)
 
 
 def _info(config: RetrieverConfig, searcher: Searcher, service_digest: str) -> dict[str, str]:
@@ -190,7 +275,6 @@ def _info(config: RetrieverConfig, searcher: Searcher, service_digest: str) -> d
         "scopes": str(len(searcher.scopes or ())),
         "missing_ids": str(len(searcher.scopes.missing) if searcher.scopes else 0),
         "encoder": config.encoder,
-        "mode": config.mode,
         "unscoped": config.unscoped,
         "index": digest(manifest) if manifest else str(source),
     }

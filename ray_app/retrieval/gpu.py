@@ -4,7 +4,7 @@ Owns the copy on the device and the ranking of many scopes in one pass: it reads
 others, and pads scores, never vectors. It ranks as `index.py` does up to the rounding of the stored
 vectors: scores lie within `SCORE_TOLERANCE` of the float32 ones, so rows whose float32 scores are
 farther apart than twice that come in the same order, and equal vectors rank by row. It is no approximate
-search, and it does not search everything: that, and `postfilter:K`, stay with FAISS on the host.
+search. A search of everything goes through FAISS where its GPU part is installed, else through torch.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ SCORE_TOLERANCE: dict[Precision, float] = {"float16": 5e-4, "bfloat16": 4e-3, "f
 
 UPLOAD_VALUES = 1 << 25
 GATHERED_VALUES = 1 << 24
+FAISS_MOST = 2048  # results of one query, on a GPU
 
 
 class Scopes(NamedTuple):
@@ -52,25 +53,27 @@ class Best(NamedTuple):
 
 
 class DeviceIndex(VectorIndex):
-    """A VectorIndex whose scoped search runs on `device`; vectors float32 [n, dim] of length 1."""
+    """A VectorIndex that searches on `device`; vectors float32 [n, dim] of length 1, mapped on the host.
 
-    def __init__(
-        self,
-        vectors: FloatArray,
-        flat: Any | None = None,
-        device: str = "cuda",
-        precision: Precision = "float16",
-    ) -> None:
-        super().__init__(vectors, flat)
+    A search of everything finds its candidates on the device and scores them on the host.
+    """
+
+    def __init__(self, vectors: FloatArray, device: str = "cuda", precision: Precision = "float16") -> None:
+        super().__init__(vectors)
+        self.tolerance = 2 * SCORE_TOLERANCE[precision]  # the query is rounded too
         self.resident = ResidentVectors.upload(vectors, device, precision)
 
     @classmethod
-    def open(cls, path: Path, device: str = "cuda", precision: Precision = "float16") -> DeviceIndex:
-        """Reads what VectorIndex.open reads. Raises DatasetError as it does, and ConfigError."""
+    def open_on(cls, path: Path, device: str, precision: Precision = "float16") -> DeviceIndex:
+        """Opens what VectorIndex.open opens. Raises DatasetError as it does, and ConfigError."""
         host = VectorIndex.open(path)
-        opened = cls(host.vectors, host._flat, device, precision)
+        opened = cls(host.vectors, device, precision)
         opened._owner = host
         return opened
+
+    def nearest(self, queries: FloatArray, depth: int) -> list[Ranking]:
+        """As VectorIndex.nearest."""
+        return self.resident.nearest(queries, depth)
 
     def search(
         self,
@@ -144,6 +147,33 @@ class ResidentVectors:
         best = self.rank(weights.to(self.vectors.device), scopes, top_k, min_score)
         return _rankings(best)
 
+    def nearest(self, queries: FloatArray, depth: int) -> list[Ranking]:
+        """The `depth` of all rows with the highest scores, per query; of equal ones, any."""
+        import torch  # see above
+
+        weights = torch.from_numpy(_writable(queries)).to(self.vectors.device, self.vectors.dtype)
+        faiss = gpu_faiss() if self.vectors.is_cuda and depth <= FAISS_MOST else None
+        if faiss is None:
+            return _rankings(self._nearest_by_product(weights, depth))
+        scores, rows = faiss.knn_gpu(
+            _faiss_resources(), weights, self.vectors, depth, metric=faiss.METRIC_INNER_PRODUCT
+        )
+        return _rankings(Best(rows, scores))
+
+    def _nearest_by_product(self, weights: torch.Tensor, depth: int) -> Best:
+        import torch  # see above
+
+        best = Best(*(torch.empty(len(weights), 0, device=weights.device) for _ in range(2)))
+        step = max(depth, GATHERED_VALUES // max(1, len(weights)))
+        for start in range(0, len(self.vectors), step):
+            scores = (weights @ self.vectors[start : start + step].T).float()
+            found = scores.topk(min(depth, scores.shape[1]))
+            rows = torch.cat([best.rows.long(), found.indices + start], dim=1)
+            merged = torch.cat([best.scores, found.values], dim=1)
+            top = merged.topk(min(depth, merged.shape[1]))
+            best = Best(rows.gather(1, top.indices), top.values)
+        return best
+
     def pack(self, rows_per_query: Sequence[IntArray]) -> Scopes:
         """The scopes, each sorted, as one CSR pair on the device. Raises IndexError for a foreign row."""
         import torch  # see above
@@ -210,6 +240,23 @@ def _rankings(best: Best) -> list[Ranking]:
 def _writable(queries: FloatArray) -> FloatArray:
     # torch shares the memory and warns about arrays that it could not write to.
     return np.require(queries, np.float32, ["C", "W"])
+
+
+def gpu_faiss() -> Any | None:
+    """FAISS, taking torch's tensors, where it is installed with its GPU part."""
+    try:
+        import faiss
+        import faiss.contrib.torch_utils
+    except ImportError:
+        return None
+    return faiss if hasattr(faiss, "StandardGpuResources") else None
+
+
+@lru_cache(maxsize=1)
+def _faiss_resources() -> Any:
+    import faiss
+
+    return faiss.StandardGpuResources()  # holds the scratch memory of all searches
 
 
 @lru_cache(maxsize=1)

@@ -1,33 +1,39 @@
 """The HTTP contract: `POST /retrieve` and `GET /health`.
 
-Owns the wire shapes, the size limit and the status codes; every refusal is one line of JSON. Knows
+Owns the wire shapes, the size limit and the status codes; every refusal is one line of JSON. What the
+web cost and what went wrong with it travels in headers, so that the body stays as clients know it. Knows
 nothing of Ray, indexes or encoders: those are behind `Service`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field, ValidationError
+from pydantic_core import to_json
 
 from ray_app.errors import EvalError, RetrieverError, ToolError
-from ray_app.records import Hit
+from ray_app.records import Hit, Retrieval
 from ray_app.retrieval.index import UnknownScope
 from ray_app.retrieval.search import DEFAULT_TOP_K, MAX_TOP_K, BadQuery, Query
 
 MAX_BODY_BYTES = 1_000_000
 MAX_QUERIES = 256
 RETRY_AFTER_S = 1
+MAX_HEADER_CHARS = 1000
+
+# Of an answer for which the web was asked; the cost is in US dollars, over all queries of the request.
+COST_HEADER, CALLS_HEADER, ERROR_HEADER = "X-Web-Cost-USD", "X-Web-Calls", "X-Web-Error"
 
 
 class Service(Protocol):
     """What answers the requests."""
 
-    async def search(self, query: Query) -> list[Hit]: ...
+    async def search(self, query: Query) -> Retrieval: ...
 
     async def health(self) -> Mapping[str, Any]: ...
 
@@ -56,10 +62,12 @@ def build_http_app(service: Service) -> FastAPI:
     content = {"application/json": {"schema": RetrieveRequest.model_json_schema()}}
 
     @app.post("/retrieve", openapi_extra={"requestBody": {"content": content}})
-    async def retrieve(request: Request) -> JSONResponse:
+    async def retrieve(request: Request) -> Response:
         asked = parse(await read_body(request))
         results = await gather_all(service, asked.to_queries())
-        return JSONResponse([[to_wire(hit, asked.return_scores) for hit in hits] for hits in results])
+        wire = [[to_wire(hit, asked.return_scores) for hit in found.hits] for found in results]
+        # Five times faster than the standard library's, with texts of megabytes a second.
+        return Response(to_json(wire), media_type="application/json", headers=web_headers(results))
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -94,7 +102,7 @@ async def read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-async def gather_all(service: Service, queries: list[Query]) -> list[list[Hit]]:
+async def gather_all(service: Service, queries: list[Query]) -> list[Retrieval]:
     """Answers all queries, or raises the first error and cancels the rest."""
     if len(queries) == 1:
         return [await service.search(queries[0])]
@@ -107,9 +115,29 @@ async def gather_all(service: Service, queries: list[Query]) -> list[list[Hit]]:
 
 
 def to_wire(hit: Hit, with_score: bool) -> dict[str, Any]:
-    """A hit as clients expect it: the bare document, or the document with score and source."""
-    document = {"id": hit.document_id, "content": hit.text}
+    """A hit as clients expect it: the bare document, or the document with score and source.
+
+    A document of the web has no id.
+    """
+    identity = {} if hit.source == "tavily" else {"id": hit.document_id}
+    document = {**identity, "content": hit.text}
     return {"document": document, "score": hit.score, "source": hit.source} if with_score else document
+
+
+def web_headers(results: Sequence[Retrieval]) -> dict[str, str]:
+    """What the web cost and what went wrong there; empty where it was not asked."""
+    cost_usd, calls = sum(found.cost_usd for found in results), sum(found.web_calls for found in results)
+    errors = dict.fromkeys(found.web_error for found in results if found.web_error)
+    was_asked = calls or errors or any(hit.source == "tavily" for found in results for hit in found.hits)
+    if not was_asked:
+        return {}
+    headers = {COST_HEADER: f"{cost_usd:.6f}", CALLS_HEADER: str(calls)}
+    return {**headers, ERROR_HEADER: _header_text("; ".join(errors))} if errors else headers
+
+
+def _header_text(text: str) -> str:
+    """`text` in what a header may hold: one line of ASCII."""
+    return " ".join(text.split()).encode("ascii", "replace").decode()[:MAX_HEADER_CHARS]
 
 
 def status_of(error: Exception) -> int:

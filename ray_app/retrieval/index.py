@@ -82,20 +82,25 @@ class ScopeMap:
 
 
 class VectorIndex:
-    """Unit vectors, one per corpus row: float32 [n, dim]."""
+    """Unit vectors, one per corpus row: float32 [n, dim].
 
-    def __init__(self, vectors: FloatArray, flat: Any | None = None) -> None:
+    Files are mapped, not read: all replicas of a node share the pages, and none has a copy.
+    """
+
+    # What `nearest` may be off by: the rounding of sums that are added up in another order.
+    tolerance = 1e-5
+
+    def __init__(self, vectors: FloatArray) -> None:
         if vectors.ndim != 2 or vectors.dtype != np.float32 or not len(vectors):
             raise DatasetError(f"vectors are {vectors.dtype} {vectors.shape}; expected float32 [n, dim]")
         _check_unit_length(vectors)
         self.vectors: FloatArray = np.asarray(vectors)
-        self._flat = flat
-        # Frees the memory that `vectors` and `_flat` look at when it goes, where that is FAISS's own.
+        # Unmaps the memory that `vectors` look at when it goes, where that is FAISS's own.
         self._owner: Any = None
 
     @classmethod
     def open(cls, path: Path) -> VectorIndex:
-        """Maps a `.npy` array, or reads a flat FAISS index (any other suffix).
+        """Maps a `.npy` array, or a flat FAISS index (any other suffix).
 
         Raises DatasetError when the file is missing, cut short or of another kind.
         """
@@ -116,7 +121,7 @@ class VectorIndex:
         import faiss  # takes half a second, and not every user of this module needs it
 
         try:
-            owner = faiss.read_index(str(path))
+            owner = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise DatasetError(f"index {str(path)!r} is unreadable ({reason}); build it again") from None
@@ -124,8 +129,7 @@ class VectorIndex:
         if not isinstance(index, faiss.IndexFlat):
             raise DatasetError(f"index {str(path)!r} is a {type(index).__name__}; expected a flat index")
         vectors = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
-        is_inner_product = index.metric_type == faiss.METRIC_INNER_PRODUCT
-        loaded = cls(vectors, index if is_inner_product else None)
+        loaded = cls(vectors)
         loaded._owner = owner
         return loaded
 
@@ -166,21 +170,42 @@ class VectorIndex:
         min_score: float = MIN_SCORE,
         eligible: BoolArray | None = None,
     ) -> list[Ranking]:
-        """Ranks every row (of those that `eligible`, bool [n], marks) through a flat FAISS index."""
+        """Ranks every row (of those that `eligible`, bool [n], marks) through FAISS's flat search."""
         if not len(queries):
             return []
         found: list[Ranking | None] = [None] * len(queries)
         depth = top_k + 1
         while pending := [i for i, ranking in enumerate(found) if ranking is None]:
             depth = min(depth, len(self))
-            scores, rows = self._flat_index().search(np.ascontiguousarray(queries[pending]), depth)
-            for i, row_scores, row_ids in zip(pending, scores, rows, strict=True):
-                allowed = row_ids if eligible is None else row_ids[eligible[row_ids]]
+            for i, near in zip(pending, self.nearest(queries[pending], depth), strict=True):
+                allowed = near.rows if eligible is None else near.rows[eligible[near.rows]]
                 ranking = self._rank(queries[i], allowed, top_k, min_score)
-                if depth == len(self) or _is_settled(ranking, top_k, float(row_scores[-1]), min_score):
+                if depth == len(self) or self._is_settled(ranking, top_k, near, min_score):
                     found[i] = ranking
             depth *= 2
         return [ranking for ranking in found if ranking is not None]
+
+    def nearest(self, queries: FloatArray, depth: int) -> list[Ranking]:
+        """The `depth` rows of highest score, which may be off by `tolerance`; of equal ones, any."""
+        import faiss  # see above
+
+        # Over the mapped array itself: an index object would hold a copy of it.
+        scores, rows = faiss.knn(
+            np.ascontiguousarray(queries), self.vectors, depth, metric=faiss.METRIC_INNER_PRODUCT
+        )
+        # A query of NaN is near nothing: FAISS then says -1.
+        found = [Ranking(row_ids, row_scores) for row_ids, row_scores in zip(rows, scores, strict=True)]
+        return [near.first(int((near.rows >= 0).sum())) for near in found]
+
+    def _is_settled(self, ranking: Ranking, top_k: int, near: Ranking, min_score: float) -> bool:
+        # What was not returned scores at most as the last that was, up to rounding; a full ranking that
+        # ends clearly above that cannot change, ties included.
+        if not len(near.rows):
+            return True
+        last_score = float(near.scores[-1])
+        if last_score + self.tolerance < min_score:
+            return True
+        return len(ranking.rows) == top_k and float(ranking.scores[-1]) > last_score + self.tolerance
 
     def _rank(self, query: FloatArray, rows: IntArray, top_k: int, min_score: float) -> Ranking:
         # einsum adds every row up in the same order, so equal vectors get equal scores and a document
@@ -190,15 +215,6 @@ class VectorIndex:
         rows, scores = rows[above], scores[above]
         order = np.lexsort((rows, -scores))[:top_k]
         return Ranking(rows[order], scores[order])
-
-    def _flat_index(self) -> Any:
-        if self._flat is None:
-            import faiss  # see above
-
-            flat = faiss.IndexFlatIP(self.dim)
-            flat.add(np.ascontiguousarray(self.vectors))
-            self._flat = flat
-        return self._flat
 
 
 def postfilter_depth(mode: str) -> int | None:
@@ -223,15 +239,6 @@ def check_fit(corpus: Corpus, index: VectorIndex, encoder_dim: int) -> None:
             f"the index has {index.dim} dimensions and the encoder gives {encoder_dim}; "
             "use the encoder that the index was built with"
         )
-
-
-def _is_settled(ranking: Ranking, top_k: int, last_score: float, min_score: float) -> bool:
-    # What FAISS did not return scores at most `last_score`, up to its rounding; a full ranking that
-    # ends clearly above that cannot change, ties included.
-    tolerance = 1e-5
-    if last_score + tolerance < min_score:
-        return True
-    return len(ranking.rows) == top_k and float(ranking.scores[-1]) > last_score + tolerance
 
 
 def _prefix_within(ranking: Ranking, reached: IntArray) -> Ranking:

@@ -7,16 +7,18 @@ last. The Serve deployment wraps `LocalRetriever`; tests and tools use it direct
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 from ray_app.errors import ConfigError, DatasetError, ToolError
 from ray_app.records import Hit
-from ray_app.retrieval.batcher import Batcher, Limits
+from ray_app.retrieval.batcher import Batch, Batcher, Limits
 from ray_app.retrieval.build import CORPUS, VECTORS, read_manifest
 from ray_app.retrieval.corpus import Corpus, IntArray
 from ray_app.retrieval.encoder import Encoder, FloatArray
+from ray_app.retrieval.gpu import DeviceIndex
 from ray_app.retrieval.index import EXACT, MIN_SCORE, Ranking, ScopeMap, UnknownScope, VectorIndex, check_fit
 
 DEFAULT_TOP_K = 5
@@ -73,7 +75,16 @@ class Searcher:
         self.index = index
         self.scopes = scopes
         self.filters = filters
-        self._eligible = corpus.chars > filters.min_chars
+
+    @property
+    def filters(self) -> Filters:
+        """May be set at any time; a search that goes on keeps what it began with, or takes the new."""
+        return self._filters
+
+    @filters.setter
+    def filters(self, filters: Filters) -> None:
+        self._eligible = self.corpus.chars > filters.min_chars
+        self._filters = filters
 
     def check(self, query: Query) -> Query:
         """Returns `query`. Raises BadQuery or UnknownScope, both before anything is encoded."""
@@ -99,7 +110,8 @@ class Searcher:
         unscoped = [i for i in range(len(queries)) if i not in scoped]
         # One depth for all: a ranking is cut to each query's own, which changes nothing above it.
         depth = max(query.top_k for query in queries)
-        low, mode = self.filters.min_score, self.filters.mode
+        filters = self.filters
+        low, mode = filters.min_score, filters.mode
         found = self.index.search(vectors[list(scoped)], list(scoped.values()), depth, low, mode)
         rankings.update(zip(scoped, found, strict=True))
         if unscoped:
@@ -122,10 +134,8 @@ class Searcher:
         return rows[self._eligible[rows]]
 
     def _hits(self, ranking: Ranking) -> list[Hit]:
-        return [
-            Hit(int(self.corpus.ids[row]), self.corpus.text(int(row)), float(score))
-            for row, score in zip(ranking.rows, ranking.scores, strict=True)
-        ]
+        found = self.corpus.ids[ranking.rows].tolist(), self.corpus.texts(ranking.rows)
+        return [Hit(*fields) for fields in zip(*found, ranking.scores.tolist(), strict=True)]
 
 
 class LocalRetriever:
@@ -136,14 +146,15 @@ class LocalRetriever:
         searcher: Searcher,
         encoder: Encoder,
         limits: Limits = DEFAULT_LIMITS,
+        observe: Callable[[Batch], None] = lambda batch: None,
     ) -> None:
         self.searcher = searcher
         self.encoder = encoder
-        self._batcher: Batcher[Query, list[Hit]] = Batcher(encoder, searcher.answer, limits)
+        self.batcher: Batcher[Query, list[Hit]] = Batcher(encoder, searcher.answer, limits, observe)
 
     @property
     def is_alive(self) -> bool:
-        return self._batcher.is_alive
+        return self.batcher.is_alive
 
     async def retrieve(self, query: str, scope_id: str | None, top_k: int) -> list[Hit]:
         """See Retriever."""
@@ -151,15 +162,15 @@ class LocalRetriever:
 
     def submit(self, query: Query) -> asyncio.Future[list[Hit]]:
         """Queues a query on the running loop. Raises what `retrieve` does, except while encoding."""
-        return self._batcher.submit(self.searcher.check(query))
+        return self.batcher.submit(self.searcher.check(query))
 
     def probe(self) -> asyncio.Future[list[Hit]]:
         """Queues a real search that ought to succeed."""
-        return self._batcher.submit(self.searcher.probe())
+        return self.batcher.submit(self.searcher.probe())
 
     def close(self) -> None:
         """Answers what is queued, then ends the threads."""
-        self._batcher.close()
+        self.batcher.close()
 
 
 def open_searcher(
@@ -168,11 +179,13 @@ def open_searcher(
     encoder: Encoder,
     filters: Filters = Filters(),
     corpus_path: Path | None = None,
+    device: str = "cpu",
 ) -> Searcher:
     """Opens the corpus, the vectors (`vectors.npy` or `eval.index`) and the scope map.
 
-    `corpus_path` defaults to the folder's corpus.arrow. Raises DatasetError for files that are missing,
-    broken, or do not belong together or to this encoder.
+    `corpus_path` defaults to the folder's corpus.arrow; for another `device` than "cpu" the vectors are
+    copied there, in float16. Raises DatasetError for files that are missing, broken, or do not belong
+    together or to this encoder.
     """
     built_with = read_manifest(index_dir).get("encoder")
     if isinstance(built_with, str) and _model_of(built_with) != _model_of(encoder.name):
@@ -185,7 +198,8 @@ def open_searcher(
     if vectors is None:
         raise DatasetError(f"{str(index_dir)!r} holds neither {VECTORS} nor eval.index; build the index")
     scopes = None if examples is None else ScopeMap.from_examples(examples, corpus)
-    return Searcher(corpus, VectorIndex.open(vectors), scopes, encoder.dim, filters)
+    index = VectorIndex.open(vectors) if device == "cpu" else DeviceIndex.open_on(vectors, device)
+    return Searcher(corpus, index, scopes, encoder.dim, filters)
 
 
 def _model_of(label: str) -> str:

@@ -11,14 +11,14 @@ from ray_app.config import Alias, Retriever, ToolName
 from ray_app.errors import ToolError
 from ray_app.journal import RETRIEVAL, Journal
 from ray_app.prompting import Prompts
-from ray_app.records import Hit, Message, Task
+from ray_app.records import Message, Retrieval, Task
 from ray_app.tools.base import Answer, Caller
 from ray_app.workspace import Workspace
 
 
 class DocumentSource(Protocol):
-    async def retrieve(self, query: str, *, scope_id: str | None, top_k: int) -> list[Hit]:
-        """Best hits first. Raises RetrieverError when it cannot answer."""
+    async def retrieve(self, query: str, *, scope_id: str | None, top_k: int) -> Retrieval:
+        """The hits, best first, and what they cost. Raises RetrieverError when it cannot answer."""
         ...
 
 
@@ -38,12 +38,12 @@ class Search:
             raise ToolError(f"search with {alias} wrote no usable query ({query!r})")
         scope_id = task.task_id if task.scope is not None else None
         asked = [query, scope_id, self.config.top_k]
-        hits = await journal.call(
+        found = await journal.call(
             RETRIEVAL,
             asked,
             lambda: self.source.retrieve(query, scope_id=scope_id, top_k=self.config.top_k),
         )
-        if not space.add_hits(hits):
+        if not space.add_hits(found.hits):
             raise ToolError(f"search found no new document for {query!r}")
         return None
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.baseline import Score, scopes_of, score
-from ray_app.records import Hit
+from ray_app.records import Hit, Retrieval
 from ray_app.sample.corpus import corpus_rows, load_questions
 from ray_app.sample.generate import generate
 
@@ -28,13 +28,13 @@ class SharedWords:
     contents: Sequence[str]
     scopes: Mapping[str, Sequence[int]]
 
-    async def retrieve(self, query: str, *, scope_id: str | None, top_k: int) -> list[Hit]:
+    async def retrieve(self, query: str, *, scope_id: str | None, top_k: int) -> Retrieval:
         wanted = words(query)
         found = [self._hit(number, wanted) for number in self.scopes[scope_id or ""]]
         best = sorted(
             (hit for hit in found if hit.score > 0 and len(hit.text) > 100), key=lambda hit: -hit.score
         )
-        return best[:top_k]
+        return Retrieval(tuple(best[:top_k]))
 
     def _hit(self, number: int, wanted: set[str]) -> Hit:
         text = self.contents[number]

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ray_app.retrieval.build import build_index
-from ray_app.retrieval.corpus import Corpus, build_corpus
-from ray_app.retrieval.encoder import Encoder, FloatArray
+from ray_app.retrieval.encoder import Encoder, FloatArray, Tokens
 from ray_app.retrieval.search import Filters, Searcher, open_searcher
 
 TOPICS = ("lighthouse", "orchard", "glacier", "railway", "library", "volcano", "harbour", "desert")
@@ -59,27 +58,29 @@ class WordEncoder:
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
 
-    def encode(self, texts: list[str]) -> FloatArray:
+    def tokenize(self, texts: list[str]) -> list[Tokens]:
         self.batches.append(list(texts))
-        return self._vectors(texts)
+        return [self._tokens(text) for text in texts]
+
+    def encode(self, queries: list[Tokens]) -> FloatArray:
+        return self._vectors(queries)
+
+    def _vectors(self, queries: list[Tokens]) -> FloatArray:
+        vectors = np.full((len(queries), self.dim), 1e-3, dtype=np.float32)
+        for vector, tokens in zip(vectors, queries, strict=True):
+            np.add.at(vector, tokens, 1)
+        return unit(vectors)
 
     def encode_documents(self, texts: list[str]) -> FloatArray:
         self.batches.append(list(texts))
-        return self._vectors(texts)
+        return self._vectors([self._tokens(text) for text in texts])
 
-    def token_counts(self, texts: list[str]) -> list[int]:
-        return [len(text.split()) for text in texts]
-
-    def _vectors(self, texts: list[str]) -> FloatArray:
-        vectors = np.full((len(texts), self.dim), 1e-3, dtype=np.float32)
-        for vector, text in zip(vectors, texts, strict=True):
-            for word in text.lower().replace(".", "").split():
-                vector[zlib.crc32(word.encode()) % self.dim] += 1
-        return unit(vectors)
+    def _tokens(self, text: str) -> Tokens:
+        words = text.lower().replace(".", "").split()
+        return [zlib.crc32(word.encode()) % self.dim for word in words]
 
 
 def build_searcher(folder: Path, encoder: Encoder, filters: Filters = FILTERS) -> Searcher:
     """The small corpus, indexed with `encoder` in `folder`."""
-    build_corpus(write_jsonl(folder / "corpus.jsonl", rows()), folder / "corpus.arrow")
-    build_index(Corpus.open(folder / "corpus.arrow"), encoder, folder)
+    build_index(write_jsonl(folder / "corpus.jsonl", rows()), encoder, folder)
     return open_searcher(folder, write_examples(folder / "examples.json"), encoder, filters)

@@ -3,14 +3,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from ray_app.errors import RetrieverError
-from ray_app.retrieval.batcher import Batcher, Limits, QueueFull
-from ray_app.retrieval.encoder import FloatArray
+from ray_app.retrieval.batcher import Batch, Batcher, Limits, QueueFull
+from ray_app.retrieval.encoder import FloatArray, Tokens
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,15 @@ class Text:
 
 
 class GatedEncoder:
-    """Encodes a text as its length. Stops before each batch until the test opens the gate."""
+    """Encodes a text as its length; a character is a token. Stops before each batch until the gate opens."""
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
         self.entered = threading.Semaphore(0)
         self.gate = threading.Semaphore(0)
 
-    def encode(self, texts: list[str]) -> FloatArray:
+    def encode(self, queries: list[Tokens]) -> FloatArray:
+        texts = ["".join(map(chr, tokens)) for tokens in queries]
         self.batches.append(texts)
         self.entered.release()
         assert self.gate.acquire(timeout=20)
@@ -34,8 +35,10 @@ class GatedEncoder:
             raise ValueError("cannot encode 'bad'")
         return np.array([[len(text)] for text in texts], dtype=np.float32)
 
-    def token_counts(self, texts: list[str]) -> list[int]:
-        return [len(text) for text in texts]
+    def tokenize(self, texts: list[str]) -> list[Tokens]:
+        if "no word" in texts:
+            raise ValueError("cannot tokenize 'no word'")
+        return [[ord(character) for character in text] for text in texts]
 
     def open(self, batches: int = 1000) -> None:
         self.gate.release(batches)
@@ -62,6 +65,16 @@ def batcher(encoder: GatedEncoder) -> Iterator[Batcher[Text, str]]:
     batcher.close()
 
 
+async def queued(batcher: Batcher[Text, str], *texts: str) -> list[asyncio.Future[str]]:
+    """Submits texts and returns when only the encoder is waited for."""
+    before = batcher.ready
+    futures = [batcher.submit(Text(text)) for text in texts]
+    async with asyncio.timeout(20):
+        while batcher.ready < before + len(texts):  # noqa: ASYNC110  (threads set no event)
+            await asyncio.sleep(0.001)
+    return futures
+
+
 async def hold(batcher: Batcher[Text, str], encoder: GatedEncoder) -> asyncio.Future[str]:
     """Keeps the encoder busy with one query until the gate is opened."""
     first = batcher.submit(Text("first"))
@@ -73,7 +86,7 @@ async def test_all_that_waited_goes_in_one_batch_sorted_by_length(
     batcher: Batcher[Text, str], encoder: GatedEncoder
 ) -> None:
     first = await hold(batcher, encoder)
-    rest = [batcher.submit(Text("x" * n)) for n in (5, 2, 9, 1)]
+    rest = await queued(batcher, *("x" * n for n in (5, 2, 9, 1)))
     encoder.open()
     assert await asyncio.gather(first, *rest) == ["first=5", "xxxxx=5", "xx=2", "xxxxxxxxx=9", "x=1"]
     assert encoder.batches == [["first"], ["x", "xx", "xxxxx", "xxxxxxxxx"]]
@@ -83,7 +96,7 @@ async def test_micro_batches_keep_to_items_and_padded_tokens(
     batcher: Batcher[Text, str], encoder: GatedEncoder
 ) -> None:
     first = await hold(batcher, encoder)
-    rest = [batcher.submit(Text("x" * n)) for n in [1] * 10 + [30] * 5]
+    rest = await queued(batcher, *("x" * n for n in [1] * 10 + [30] * 5))
     encoder.open()
     await asyncio.gather(first, *rest)
     assert [len(batch) for batch in encoder.batches] == [1, 8, 3, 3, 1]
@@ -94,7 +107,7 @@ async def test_each_micro_batch_is_answered_while_the_next_is_encoded(
     batcher: Batcher[Text, str], encoder: GatedEncoder
 ) -> None:
     first = await hold(batcher, encoder)
-    rest = [batcher.submit(Text("x" * n)) for n in [1] * 8 + [20]]
+    rest = await queued(batcher, *("x" * n for n in [1] * 8 + [20]))
     encoder.open(2)
     await asyncio.gather(first, *rest[:8])
     await encoder.until_entered()
@@ -107,12 +120,11 @@ async def test_one_long_micro_batch_at_most_goes_between_short_ones(
     batcher: Batcher[Text, str], encoder: GatedEncoder
 ) -> None:
     first = await hold(batcher, encoder)
-    long = [batcher.submit(Text("y" * 60)) for _ in range(3)]
-    early = batcher.submit(Text("early"))
+    *long, early = await queued(batcher, *["y" * 60] * 3, "early")
     for _ in range(2):  # lets "first" and "early" pass; a long one is in work
         encoder.open(1)
         await encoder.until_entered()
-    late = batcher.submit(Text("late"))
+    [late] = await queued(batcher, "late")
     encoder.open()
     await asyncio.gather(first, early, late, *long)
     assert [batch[0][0] for batch in encoder.batches] == ["f", "e", "y", "l", "y", "y"]
@@ -122,10 +134,10 @@ async def test_a_long_query_is_not_overtaken_for_ever_by_shorter_long_ones(
     batcher: Batcher[Text, str], encoder: GatedEncoder
 ) -> None:
     first = await hold(batcher, encoder)
-    early = [batcher.submit(Text("y" * n)) for n in (90, 80)]
+    early = await queued(batcher, "y" * 90, "y" * 80)
     encoder.open(1)
     await encoder.until_entered()
-    late = batcher.submit(Text("y" * 70))
+    [late] = await queued(batcher, "y" * 70)
     encoder.open()
     await asyncio.gather(first, late, *early)
     assert [len(batch[0]) for batch in encoder.batches] == [5, 80, 90, 70]
@@ -133,11 +145,51 @@ async def test_a_long_query_is_not_overtaken_for_ever_by_shorter_long_ones(
 
 async def test_a_bad_query_fails_alone(batcher: Batcher[Text, str], encoder: GatedEncoder) -> None:
     first = await hold(batcher, encoder)
-    good, bad, fine = (batcher.submit(Text(text)) for text in ("good", "bad", "fine"))
+    good, bad, fine = await queued(batcher, "good", "bad", "fine")
     encoder.open()
     answers = await asyncio.gather(first, good, bad, fine, return_exceptions=True)
     assert [answers[0], answers[1], answers[3]] == ["first=5", "good=4", "fine=4"]
     assert isinstance(answers[2], ValueError)
+
+
+async def test_a_query_that_cannot_be_tokenized_fails_alone_and_leaves_no_place_taken(
+    encoder: GatedEncoder,
+) -> None:
+    batcher = Batcher(encoder, echo, Limits(waiting=3))
+    first = await hold(batcher, encoder)
+    for _ in range(3):  # one more would be refused if a place stayed taken
+        good, bad = batcher.submit(Text("good")), batcher.submit(Text("no word"))
+        with pytest.raises(ValueError, match="cannot tokenize"):
+            await bad
+        encoder.open(2)
+        assert await good == "good=4"
+    assert await first == "first=5" and batcher.waiting == 0
+    batcher.close()
+
+
+async def test_each_micro_batch_is_told_with_its_padding(
+    encoder: GatedEncoder,
+) -> None:
+    told: list[Batch] = []
+    batcher = Batcher(encoder, echo, observe=told.append)
+    first = await hold(batcher, encoder)
+    rest = await queued(batcher, "x", "xxxxx")
+    encoder.open()
+    await asyncio.gather(first, *rest)
+    batcher.close()
+    assert [(batch.queries, batch.tokens, batch.padded_tokens) for batch in told] == [(1, 5, 5), (2, 6, 10)]
+    assert told[1].waited_s > 0 and told[0].encode_s > 0
+
+
+async def test_limits_can_be_changed_while_it_works(
+    batcher: Batcher[Text, str], encoder: GatedEncoder
+) -> None:
+    first = await hold(batcher, encoder)
+    batcher.limits = replace(batcher.limits, batch_items=2)
+    rest = await queued(batcher, "a", "b", "c")
+    encoder.open()
+    await asyncio.gather(first, *rest)
+    assert [len(batch) for batch in encoder.batches] == [1, 2, 1]
 
 
 async def test_a_query_whose_finish_fails_fails_alone(encoder: GatedEncoder) -> None:
@@ -148,7 +200,7 @@ async def test_a_query_whose_finish_fails_fails_alone(encoder: GatedEncoder) -> 
 
     batcher = Batcher(encoder, picky)
     first = await hold(batcher, encoder)
-    odd, even = batcher.submit(Text("odd")), batcher.submit(Text("even"))
+    odd, even = await queued(batcher, "odd", "even")
     encoder.open()
     answers = await asyncio.gather(first, odd, even, return_exceptions=True)
     assert [answers[0], answers[2]] == ["first=5", "even=4"]
@@ -166,8 +218,10 @@ async def test_a_result_count_that_is_wrong_is_an_error_and_no_hang(encoder: Gat
 
 async def test_a_cancelled_query_is_not_encoded(batcher: Batcher[Text, str], encoder: GatedEncoder) -> None:
     first = await hold(batcher, encoder)
-    gone, kept = batcher.submit(Text("gone")), batcher.submit(Text("kept"))
+    gone, kept = await queued(batcher, "gone", "kept")
     gone.cancel()
+    await asyncio.sleep(0)  # one turn of the loop
+    assert batcher.waiting == 1, "who gave up takes nobody's place"
     encoder.open()
     assert [await first, await kept] == ["first=5", "kept=4"]
     assert encoder.batches == [["first"], ["kept"]]

@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -21,6 +19,7 @@ import pytest
 from ray_app.errors import DatasetError, RetrieverError
 from ray_app.retrieval.search import BadQuery
 from tests.retrieval.data import document, rows, write_examples, write_jsonl
+from tests.retrieval.serving import serving
 
 if TYPE_CHECKING:
     from ray_app.retrieval.client import HandleRetriever
@@ -43,29 +42,15 @@ class Running:
     client: HandleRetriever
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    import ray
     from ray import serve
 
     from ray_app.retrieval.client import HandleRetriever
-    from ray_app.retrieval.deployment import RetrieverConfig, retriever_app
+    from ray_app.retrieval.config import RetrieverConfig
+    from ray_app.retrieval.deployment import retriever_app
 
-    folder, port = tmp_path_factory.mktemp("retriever"), free_port()
-    root = str(Path(__file__).parents[2])
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        runtime_env={"env_vars": {"PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}},
-    )
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    folder = tmp_path_factory.mktemp("retriever")
     config = RetrieverConfig(
         corpus_jsonl=write_jsonl(folder / "corpus.jsonl", rows()),
         examples=write_examples(folder / "examples.json"),
@@ -73,10 +58,9 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         max_ongoing_requests=32,
         max_queued_requests=64,
     )
-    serve.run(retriever_app(config, "digest-of-the-service"), name=APP, route_prefix="/")
-    yield Running(f"http://127.0.0.1:{port}", HandleRetriever(APP, timeout_s=30))
-    serve.shutdown()
-    ray.shutdown()
+    with serving(num_cpus=4) as url:
+        serve.run(retriever_app(config, "digest-of-the-service"), name=APP, route_prefix="/")
+        yield Running(url, HandleRetriever(APP, timeout_s=30))
 
 
 async def test_http_answers_with_the_documents_of_the_scope(running: Running) -> None:
@@ -109,7 +93,7 @@ async def test_the_handle_finds_what_http_finds(running: Running) -> None:
     body = {"queries": ["the old railway"], "topk": 7, "return_scores": True, "eid": "even"}
     async with httpx.AsyncClient(base_url=running.url) as http:
         [by_http] = (await http.post("/retrieve", json=body)).json()
-    by_handle = await running.client.retrieve("the old railway", "even", 7)
+    by_handle = (await running.client.retrieve("the old railway", "even", 7)).hits
     assert [hit.document_id for hit in by_handle] == [hit["document"]["id"] for hit in by_http]
     assert [hit.text for hit in by_handle] == [hit["document"]["content"] for hit in by_http]
     assert (await running.client.info())["digest"] == "digest-of-the-service"
@@ -134,7 +118,7 @@ async def test_many_at_once_are_all_answered_each_with_its_own(running: Running)
     ]
     asked = [texts[i % len(texts)] for i in range(60)]
     answers = await asyncio.gather(*(running.client.retrieve(text, "all", 1) for text in asked))
-    assert [hits[0].text for hits in answers] == asked
+    assert [found.hits[0].text for found in answers] == asked
 
 
 async def test_beyond_its_bounds_the_service_says_503_with_retry_after(running: Running) -> None:
@@ -176,7 +160,7 @@ async def test_an_async_actor_can_call_it(running: Running) -> None:
             self.client = HandleRetriever(APP, timeout_s=30)
 
         async def first(self, query: str) -> Any:
-            return (await self.client.retrieve(query, "odd", 1))[0]
+            return (await self.client.retrieve(query, "odd", 1)).hits[0]
 
         def pid(self) -> int:
             return os.getpid()
@@ -198,7 +182,7 @@ async def test_an_async_actor_can_call_it(running: Running) -> None:
     ],
 )
 def test_a_wrong_config_is_refused_before_anything_starts(settings: dict[str, str], complaint: str) -> None:
-    from ray_app.retrieval.deployment import RetrieverConfig
+    from ray_app.retrieval.config import RetrieverConfig
 
     with pytest.raises(ValueError, match=complaint):
         RetrieverConfig.model_validate(settings)

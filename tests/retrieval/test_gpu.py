@@ -75,6 +75,24 @@ def test_the_cuts_at_top_k_and_least_score_lose_only_rows_within_the_tolerance(
         assert len(mine.rows) <= 20
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_search_of_everything_ranks_as_on_the_host(
+    precision: Precision, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "GATHERED_VALUES", 20 * 64)  # several pieces
+    vectors, queries = random_units(20, 700), random_units(21, 20)
+    vectors[400:420] = vectors[3]
+    queries[5] = vectors[3]
+    eligible = np.arange(700) % 3 > 0
+    index, host = DeviceIndex(vectors, device=device, precision=precision), VectorIndex(vectors)
+    for mine, exact in zip(
+        index.search_all(queries, 10, 0.1, eligible), host.search_all(queries, 10, 0.1, eligible), strict=True
+    ):
+        assert mine.rows.tolist() == exact.rows.tolist()
+        assert mine.scores.tolist() == exact.scores.tolist()
+
+
 def test_float32_gives_numpys_very_ranking() -> None:
     vectors, queries, allowed = random_units(6, 500), random_units(7, 20), scopes(8, 20, 500)
     found = DeviceIndex(vectors, device="cpu", precision="float32").search(queries, allowed, 50)
@@ -156,7 +174,7 @@ def test_postfilter_and_unscoped_search_answer_as_on_the_host(tmp_path: Path) ->
         random_units(23, 9),
         scopes(24, 9, 300),
     )
-    index = DeviceIndex.open(tmp_path / "vectors.npy", device="cpu")
+    index = DeviceIndex.open_on(tmp_path / "vectors.npy", "cpu")
     for mine, other in (
         (
             index.search(queries, allowed, 50, mode="postfilter:60"),
@@ -172,13 +190,13 @@ def test_postfilter_and_unscoped_search_answer_as_on_the_host(tmp_path: Path) ->
 def test_a_searcher_finds_the_same_documents_through_a_device_index(tmp_path: Path) -> None:
     encoder = WordEncoder()
     host = build_searcher(tmp_path, encoder)
-    index = DeviceIndex.open(tmp_path / "vectors.npy", device="cpu")
+    index = DeviceIndex.open_on(tmp_path / "vectors.npy", "cpu")
     queries = [
         Query("the glacier in the north", "even", 48),
         Query("library", "none", 3),
         Query("road", "all", 48),
     ]
-    vectors = encoder.encode([query.text for query in queries])
+    vectors = encoder.encode(encoder.tokenize([query.text for query in queries]))
     mine = Searcher(host.corpus, index, host.scopes, encoder.dim, FILTERS).answer(queries, vectors)
     for hits, expected in zip(mine, host.answer(queries, vectors), strict=True):
         assert sorted(hit.document_id for hit in hits) == sorted(hit.document_id for hit in expected)

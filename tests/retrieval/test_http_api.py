@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from ray_app.errors import RetrieverError
-from ray_app.records import Hit
+from ray_app.records import Hit, Retrieval
 from ray_app.retrieval.batcher import QueueFull
 from ray_app.retrieval.http_api import MAX_BODY_BYTES, build_http_app
 from ray_app.retrieval.index import UnknownScope
@@ -15,12 +15,15 @@ from ray_app.retrieval.search import BadQuery, Query
 
 
 class Recorder:
-    """Answers each query with two hits and remembers it; a query that names an error raises it."""
+    """Answers each query with two hits and remembers it; a query that names an error raises it.
+
+    A query about the web has brought one hit from there, or none and the reason.
+    """
 
     def __init__(self) -> None:
         self.asked: list[Query] = []
 
-    async def search(self, query: Query) -> list[Hit]:
+    async def search(self, query: Query) -> Retrieval:
         self.asked.append(query)
         match query.text:
             case "unknown":
@@ -29,7 +32,13 @@ class Recorder:
                 raise QueueFull("9 queries wait")
             case "bad":
                 raise BadQuery("the query is empty")
-        return [Hit(3, f"about {query.text}", 0.5), Hit(4, "more", 0.25)]
+            case "web":
+                return Retrieval((Hit(3, "local", 0.5), Hit(-1, "page", -1.0, "tavily")), 0.012, 2)
+            case "cached web":
+                return Retrieval((Hit(-1, "page", -1.0, "tavily"),))
+            case "no web":
+                return Retrieval((), 0.01, 1, "Tavily /extract: naïve\nrefusal")
+        return Retrieval((Hit(3, f"about {query.text}", 0.5), Hit(4, "more", 0.25)))
 
     async def health(self) -> Mapping[str, Any]:
         if self.asked:
@@ -65,6 +74,35 @@ async def test_one_query_gives_a_list_of_one_hit_list(client: httpx.AsyncClient,
 async def test_without_scores_hits_are_bare_documents(client: httpx.AsyncClient) -> None:
     answer = await client.post("/retrieve", json={"queries": ["ice"]})
     assert answer.json() == [[{"id": 3, "content": "about ice"}, {"id": 4, "content": "more"}]]
+
+
+async def test_a_hit_of_the_web_has_a_negative_score_and_no_id(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/retrieve", json={"queries": ["web"], "return_scores": True})
+    assert answer.json() == [
+        [
+            {"document": {"id": 3, "content": "local"}, "score": 0.5, "source": "local"},
+            {"document": {"content": "page"}, "score": -1.0, "source": "tavily"},
+        ]
+    ]
+    bare = await client.post("/retrieve", json={"queries": ["web"]})
+    assert bare.json() == [[{"id": 3, "content": "local"}, {"content": "page"}]]
+
+
+@pytest.mark.parametrize(
+    ("queries", "cost", "calls", "error"),
+    [
+        (["ice"], None, None, None),
+        (["web"], "0.012000", "2", None),
+        (["cached web"], "0.000000", "0", None),
+        (["ice", "web", "no web", "no web"], "0.032000", "4", "Tavily /extract: na?ve refusal"),
+    ],
+)
+async def test_headers_tell_what_the_web_cost_and_what_went_wrong(
+    client: httpx.AsyncClient, queries: list[str], cost: str | None, calls: str | None, error: str | None
+) -> None:
+    answer = await client.post("/retrieve", json={"queries": queries})
+    names = ("x-web-cost-usd", "x-web-calls", "x-web-error")
+    assert tuple(answer.headers.get(name) for name in names) == (cost, calls, error)
 
 
 @pytest.mark.parametrize("body", [{}, {"topk": None, "eid": None}, {"topk": 0}])

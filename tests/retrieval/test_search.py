@@ -97,7 +97,7 @@ def test_postfilter_mode_loses_hits_that_exact_finds(tmp_path: Path) -> None:
     query, vectors = Query(document("glacier", "south"), "even", 10), WordEncoder()
     exact = build_searcher(tmp_path, vectors)
     lossy = build_searcher(tmp_path, vectors, Filters(mode="postfilter:4"))
-    vector = vectors.encode([query.text])
+    vector = vectors.encode(vectors.tokenize([query.text]))
     full, part = exact.answer([query], vector)[0], lossy.answer([query], vector)[0]
     assert len(full) == 10
     assert 0 < len(part) < 4
