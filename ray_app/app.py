@@ -63,8 +63,7 @@ def retriever(args: RetrieverArgs) -> Application:
         prepare(home())
     _build_index(args)
     commit()  # noted for jobs that run from a copy of this code without its repository
-    identity = service_digest("ray_app.app:retriever", args.model_copy(update={"user_config": {}}))
-    return retriever_app(args, identity, args.user_config)
+    return retriever_app(args, service_digest("ray_app.app:retriever", args), args.user_config)
 
 
 def _build_index(args: RetrieverArgs) -> None:
@@ -95,5 +94,5 @@ def baseline(args: BaselineConfig) -> Application:
 
 
 def service_digest(import_path: str, args: BaseModel) -> str:
-    """Equal for equal arguments and equal code."""
-    return digest([import_path, args.model_dump(mode="json"), code_digest()])
+    """Equal for equal arguments and equal code; what turns while a service runs makes it no other one."""
+    return digest([import_path, args.model_dump(mode="json", exclude={"user_config"}), code_digest()])

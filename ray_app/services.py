@@ -85,12 +85,18 @@ def read_serve_config(path: str | None) -> ServeConfig:
 
 
 def _args(app: Mapping[str, Any]) -> dict[str, Any]:
-    """The builder's arguments. Serve applies `deployments:` to what the builder made; here it is told."""
-    settings = {
-        name: value
-        for deployment in app.get("deployments", ())
-        for name, value in (deployment.get("user_config") or {}).items()
-    }
+    """The builder's arguments. Serve applies `deployments:` to what the builder made; here it is told.
+
+    Raises ConfigError for what only Serve itself could apply: a job would deploy something else.
+    """
+    settings: dict[str, Any] = {}
+    for deployment in app.get("deployments", ()):
+        if other := sorted(deployment.keys() - {"name", "user_config"}):
+            raise ConfigError(
+                f"service {app['name']}: deployments: {other[0]!r} is not carried over to a job; "
+                "set it in `args`, `user_config` alone stays here"
+            )
+        settings |= deployment.get("user_config") or {}
     return {**app.get("args", {}), **({"user_config": settings} if settings else {})}
 
 

@@ -37,6 +37,10 @@ Q = TypeVar("Q", bound=HasText)
 R = TypeVar("R")
 
 
+# Micro-batches that are encoded and not finished: one in work, one that waits.
+HANDED_ON = 2
+
+
 class QueueFull(RetrieverError):
     """As many queries wait as may; the caller comes again later."""
 
@@ -107,6 +111,9 @@ class Batcher(Generic[Q, R]):
         lock = threading.Lock()
         self._has_arrived, self._is_ready = threading.Condition(lock), threading.Condition(lock)
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="finish")
+        # Where finishing is slower than encoding, queries wait where they are counted and may be cancelled.
+        self._handed_on = threading.BoundedSemaphore(HANDED_ON)
+        self._busy_since = 0.0
         self._threads = [
             threading.Thread(target=work, name=name, daemon=True)
             for name, work in (("tokenize", self._tokenize_all), ("encode", self._encode_all))
@@ -117,6 +124,12 @@ class Batcher(Generic[Q, R]):
     @property
     def is_alive(self) -> bool:
         return all(thread.is_alive() for thread in self._threads)
+
+    @property
+    def busy_s(self) -> float:
+        """How long the encoder has been at its present micro-batch, seconds; 0.0 where it has none."""
+        since = self._busy_since
+        return time.monotonic() - since if since else 0.0
 
     @property
     def waiting(self) -> int:
@@ -232,6 +245,13 @@ class Batcher(Generic[Q, R]):
                 item.waits = False
 
     def _encode(self, batch: list[_Item[Q, R]]) -> None:
+        self._busy_since = time.monotonic()
+        try:
+            self._encode_or_reject(batch)
+        finally:
+            self._busy_since = 0.0
+
+    def _encode_or_reject(self, batch: list[_Item[Q, R]]) -> None:
         self._leave(batch)
         batch = [item for item in batch if not item.future.cancelled()]
         if not batch:
@@ -242,17 +262,27 @@ class Batcher(Generic[Q, R]):
         except Exception as error:
             self._retry_singly(batch, error, self._encode_one)
         else:
-            self._finisher.submit(self._finish_and_tell, batch, vectors, began, time.monotonic())
+            self._hand_on(batch, vectors, began)
 
     def _encode_one(self, item: _Item[Q, R]) -> None:
         began = time.monotonic()
         vectors = self._encoder.encode([item.tokens])
-        self._finisher.submit(self._finish_and_tell, [item], vectors, began, time.monotonic())
+        self._hand_on([item], vectors, began)
+
+    def _hand_on(self, batch: list[_Item[Q, R]], vectors: FloatArray, began: float) -> None:
+        encoded = time.monotonic()
+        self._handed_on.acquire()
+        self._finisher.submit(self._finish_and_tell, batch, vectors, began, encoded)
 
     def _finish_and_tell(
         self, batch: list[_Item[Q, R]], vectors: FloatArray, began: float, encoded: float
     ) -> None:
-        self._finish_batch(batch, vectors)
+        try:
+            is_answered = self._finish_batch(batch, vectors)
+        finally:
+            self._handed_on.release()
+        if not is_answered:
+            return
         lengths = [len(item.tokens) for item in batch]
         self._observe(
             Batch(
@@ -266,16 +296,20 @@ class Batcher(Generic[Q, R]):
             )
         )
 
-    def _finish_batch(self, batch: list[_Item[Q, R]], vectors: FloatArray) -> None:
+    def _finish_batch(self, batch: list[_Item[Q, R]], vectors: FloatArray) -> bool:
+        """Whether any of its queries has an answer."""
         try:
             results = self._finish([item.query for item in batch], vectors)
             if len(results) != len(batch):
                 raise RuntimeError(f"{len(results)} results for {len(batch)} queries")
         except Exception as error:
-            rows = {id(item): vectors[i : i + 1] for i, item in enumerate(batch)}
-            self._retry_singly(batch, error, lambda item: self._finish_batch([item], rows[id(item)]))
-        else:
-            _resolve(batch, results)
+            if len(batch) == 1:
+                _reject(batch[0], error)
+                return False
+            alone = [self._finish_batch([item], vectors[i : i + 1]) for i, item in enumerate(batch)]
+            return any(alone)
+        _resolve(batch, results)
+        return True
 
     def _retry_singly(
         self, batch: list[_Item[Q, R]], error: Exception, handle: Callable[[_Item[Q, R]], None]

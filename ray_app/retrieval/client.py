@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import random
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from ray.serve.exceptions import RayServeException
 from ray_app.errors import EvalError, RetrieverError
 from ray_app.records import Retrieval
 from ray_app.retrieval import group_wire
+from ray_app.retrieval.batcher import QueueFull
 from ray_app.retrieval.search import Query
 
 ATTEMPTS = 3
@@ -34,7 +36,8 @@ Asked = tuple[Query, asyncio.Future[Retrieval]]
 class HandleRetriever:
     """A Retriever over the Serve application `app_name`, for the coroutines of one event loop.
 
-    `timeout_s` holds for each of the three attempts; `on_retry` is told what each repeat answers to.
+    `timeout_s` holds for each of the three attempts, and for asking a retriever again whose queue is full;
+    `on_retry` is told what each repeat answers to.
     """
 
     def __init__(
@@ -68,20 +71,26 @@ class HandleRetriever:
         return unknown
 
     async def _retrying(self, call: Callable[[], Awaitable[T]]) -> T:
-        for attempt in range(1, ATTEMPTS):
+        failed, give_up = 0, time.monotonic() + self._timeout_s
+        while True:
             try:
                 return await self._once(call)
             except RetrieverError as error:
+                # A full queue is no failure: it empties at the speed of the encoder.
+                is_full = isinstance(error, QueueFull) and time.monotonic() < give_up
+                failed += not is_full
+                if failed >= ATTEMPTS:
+                    raise
                 self._on_retry(error)
             # Spread out, so that callers turned away together do not come back together.
-            await asyncio.sleep(BACKOFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
-        return await self._once(call)
+            await asyncio.sleep(BACKOFF_S * 2 ** max(0, failed - 1) * random.uniform(0.5, 1.5))
 
     async def _once(self, call: Callable[[], Awaitable[T]]) -> T:
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await call()
         except TimeoutError:
+            self._handle = None  # it may wait for an application that is gone
             raise RetrieverError(
                 f"retriever {self._app_name!r} did not answer in {self._timeout_s:g} s"
             ) from None
@@ -129,6 +138,7 @@ class HandleRetriever:
         except asyncio.CancelledError:  # nobody waits any more: the retriever need not encode it
             if parts is not None:
                 parts.cancel()
+            group.fail(RetrieverError(f"retriever {self._app_name!r}: the call was cancelled"))
             raise
         except Exception as error:
             group.fail(self._failed(error))

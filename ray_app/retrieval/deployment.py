@@ -10,6 +10,7 @@ that has.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import pickle
 import time
@@ -17,11 +18,13 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
+from ray_app.config import explain
 from ray_app.errors import EvalError, RetrieverError
 from ray_app.records import Hit, Retrieval, digest
 from ray_app.retrieval import group_wire
@@ -33,11 +36,17 @@ from ray_app.retrieval.metrics import Meters
 from ray_app.retrieval.search import LocalRetriever, Query, Searcher, open_searcher
 from ray_app.retrieval.web_deployment import web_deployment
 
+_log = logging.getLogger(__name__)
+
 WAITING = "waiting"
 HEALTH_TTL_S = 1.0
 HEALTH_TIMEOUT_S = 10.0
-# Serve's own check: an encoder that has answered within this time needs no trial search.
-PROGRESS_S = 30.0
+# Who has answered within this time needs no trial search, which would have to wait behind the others.
+PROGRESS_S = 10.0
+# A micro-batch may take so long (a very long text, on a CPU) before its replica counts as stuck.
+STUCK_S = 600.0
+# Beyond its own limit, the fallback has so long to say what it has.
+WEB_GRACE_S = 5.0
 
 Ticket = asyncio.Future[list[Hit]] | EvalError
 
@@ -57,6 +66,7 @@ class RetrieverDeployment:
             truncate_dim=config.truncate_dim,
         )
         self._config, self._knobs, self._web = config, config.knobs, web
+        self._knobs_error = ""
         self._meters = Meters()
         searcher = open_index(config, encoder)
         self._retriever = LocalRetriever(searcher, encoder, config.limits(self._knobs), self._progress)
@@ -66,8 +76,18 @@ class RetrieverDeployment:
         self._enqueue = self._door(self._knobs)
 
     def reconfigure(self, user_config: Mapping[str, Any]) -> None:
-        """Turns knobs while queries go on. Raises ValueError for one that does not exist or fit."""
-        self._knobs = knobs = self._config.knobs.changed(user_config)
+        """Turns knobs while queries go on.
+
+        One that does not exist or fit turns none: `health` and `info` say so. An error here would make
+        Serve stop this replica, and every other that it starts in its place.
+        """
+        try:
+            knobs = self._config.knobs.changed(user_config)
+        except ValidationError as error:
+            self._knobs_error = f"user_config is not in force: {explain(error)}"
+            _log.error("retriever: %s", self._knobs_error)
+            return
+        self._knobs, self._knobs_error = knobs, ""
         self._retriever.searcher.filters = self._config.filters(knobs)
         self._retriever.batcher.limits = self._config.limits(knobs)
         self._enqueue = self._door(knobs)
@@ -104,7 +124,8 @@ class RetrieverDeployment:
         knobs, config = self._knobs, self._config
         web = "off" if config.web is None else f"below {config.min_local_hits} hits"
         policy = f"{knobs.mode}, score > {knobs.min_score:g}, over {knobs.min_chars} characters, web {web}"
-        return {**self._info, "policy": policy}
+        trouble = {"knobs_error": self._knobs_error} if self._knobs_error else {}
+        return {**self._info, "policy": policy, **trouble}
 
     async def stats(self) -> dict[str, Any]:
         """Of this replica: sums since it started (`metrics.Totals`), its process, the queries that wait."""
@@ -121,21 +142,29 @@ class RetrieverDeployment:
         return await self._answer(query, await self._enqueue(query))
 
     async def health(self) -> dict[str, Any]:
-        """Encodes and searches, at most once a second. Raises RetrieverError when that fails."""
+        """Encodes and searches, at most once a second, where it has not just done so for others.
+
+        Raises RetrieverError when that fails.
+        """
         async with self._health_lock:
             if time.monotonic() - self._healthy_at >= HEALTH_TTL_S:
-                await self._probe()
+                await self.check_health()
                 self._healthy_at = time.monotonic()
         return {"status": "ok", **await self.info(), "documents": len(self._retriever.searcher.corpus)}
 
     async def check_health(self) -> None:
         """Serve's own periodic check; a replica that fails it is replaced.
 
-        A trial search, but where answers come anyway: behind a full queue it would take its time.
+        A trial search, but where answers come anyway, or are being worked on: behind a full queue it would
+        take its time. Raises RetrieverError.
         """
-        if not self._retriever.is_alive:
+        batcher = self._retriever.batcher
+        if not batcher.is_alive:
             raise RetrieverError("a thread of the encoder has ended")
-        if time.monotonic() - self._progressed_at >= PROGRESS_S:
+        if batcher.busy_s > STUCK_S:
+            raise RetrieverError(f"the encoder has been at one micro-batch for {batcher.busy_s:.0f} s")
+        has_progressed = time.monotonic() - self._progressed_at < PROGRESS_S
+        if not has_progressed and batcher.busy_s < PROGRESS_S:
             await self._probe()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -164,7 +193,12 @@ class RetrieverDeployment:
     async def _answer(self, query: Query, ticket: Ticket) -> Retrieval:
         if isinstance(ticket, EvalError):
             raise ticket
-        hits = await ticket
+        try:
+            hits = await ticket
+        except EvalError:
+            raise
+        except Exception as error:  # of the encoder or the index: one line for who asked
+            raise RetrieverError(f"{type(error).__name__}: {error}") from error
         enough = min(query.top_k, self._config.min_local_hits)
         if self._web is None or query.scope_id is None or len(hits) >= enough:
             return Retrieval(tuple(hits))
@@ -173,8 +207,13 @@ class RetrieverDeployment:
     async def _with_web(self, query: Query, hits: list[Hit], web: DeploymentHandle) -> Retrieval:
         """The web's pages behind the local hits. A fallback that fails is told of, and fails nothing."""
         self._meters.fallback()
+        assert self._config.web is not None
+        limit_s = self._config.web.timeout_s + WEB_GRACE_S
         try:
-            found: Retrieval = await web.search.remote(query.text, query.top_k - len(hits))
+            async with asyncio.timeout(limit_s):
+                found: Retrieval = await web.search.remote(query.text, query.top_k - len(hits))
+        except TimeoutError:
+            return Retrieval(tuple(hits), web_error=f"no answer from the web fallback in {limit_s:g} s")
         except Exception as error:  # the deployment is away, or full
             reason = " ".join(str(error).split())[-300:]
             return Retrieval(tuple(hits), web_error=f"{type(error).__name__}: {reason}")

@@ -227,13 +227,15 @@ def _made_by(name: str) -> Encoder:
 
 
 def prompts_of(name: str, own: Mapping[str, str]) -> Prompts:
-    """The prompts of the family that the model's name shows, else those in the model's `own` config."""
+    """The prompts in the model's `own` config, else those of the family that its name shows."""
+    if own.get("query"):  # instruct models and translations of a family differ from it
+        return Prompts(own["query"], own.get("document", ""))
     model = f"-{name.rstrip('/').rsplit('/', 1)[-1].lower()}-"
     for family, prompts in PROMPTS.items():
         # "multilingual-e5-large" and "e5-large" are one family: a word of the name, not only its start.
         if f"-{family}" in model:
             return prompts
-    return Prompts(own.get("query", ""), own.get("document", ""))
+    return Prompts(document=own.get("document", ""))
 
 
 def _bundled_folder() -> str:

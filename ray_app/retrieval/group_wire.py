@@ -25,11 +25,12 @@ def packed(answers: Iterable[Answered]) -> Iterator[bytes]:
     part: list[tuple[int, object]] = []
     size = 0
     for position, answer in answers:
-        part.append((position, _fields(answer)))
-        size += sum(len(hit.text) for hit in answer.hits) if isinstance(answer, Retrieval) else 0
-        if size > PART_BYTES:
+        added = _size(answer)
+        if part and size + added > PART_BYTES:
             yield pickle.dumps(part, pickle.HIGHEST_PROTOCOL)
             part, size = [], 0
+        part.append((position, _fields(answer)))
+        size += added
     if part:
         yield pickle.dumps(part, pickle.HIGHEST_PROTOCOL)
 
@@ -37,6 +38,13 @@ def packed(answers: Iterable[Answered]) -> Iterator[bytes]:
 def unpacked(part: bytes) -> list[Answered]:
     """The answers of one part."""
     return [(position, _answer(fields)) for position, fields in pickle.loads(part)]
+
+
+def _size(answer: Answer) -> int:
+    """Of its texts; at most three bytes a character, but four for the rarest."""
+    if isinstance(answer, EvalError):
+        return 0
+    return sum(len(hit.text) if hit.text.isascii() else 3 * len(hit.text) for hit in answer.hits)
 
 
 def _fields(answer: Answer) -> object:

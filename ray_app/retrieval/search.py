@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from ray_app.errors import ConfigError, DatasetError, ToolError
+import numpy as np
+
+from ray_app.errors import ConfigError, DatasetError, RetrieverError, ToolError
 from ray_app.records import Hit
 from ray_app.retrieval.batcher import Batch, Batcher, Limits
 from ray_app.retrieval.build import CORPUS, VECTORS, read_manifest
@@ -105,6 +107,7 @@ class Searcher:
 
     def answer(self, queries: list[Query], vectors: FloatArray) -> list[list[Hit]]:
         """The hits of each query; `vectors` float32 [n, dim]. Reads the texts of the winners only."""
+        _check_lengths(vectors)
         rankings: dict[int, Ranking] = {}
         scoped = {i: rows for i, query in enumerate(queries) if (rows := self._allowed(query)) is not None}
         unscoped = [i for i in range(len(queries)) if i not in scoped]
@@ -121,7 +124,10 @@ class Searcher:
 
     def probe(self) -> Query:
         """A query that this searcher must be able to answer, for health checks."""
-        return Query("health", next(iter(self.scopes.positions), None) if self.scopes else None, 1)
+        scoped = (
+            (name for name in self.scopes.positions if len(self.scopes.rows(name))) if self.scopes else ()
+        )
+        return Query("health", next(iter(scoped), None), 1)
 
     def _allowed(self, query: Query) -> IntArray | None:
         if query.scope_id is None:
@@ -197,9 +203,22 @@ def open_searcher(
     vectors = next((path for name in (VECTORS, "eval.index") if (path := index_dir / name).exists()), None)
     if vectors is None:
         raise DatasetError(f"{str(index_dir)!r} holds neither {VECTORS} nor eval.index; build the index")
+    if vectors.name == VECTORS and not read_manifest(index_dir):
+        raise DatasetError(
+            f"{str(index_dir)!r} has no manifest: its vectors may not be those of its corpus; build it again"
+        )
     scopes = None if examples is None else ScopeMap.from_examples(examples, corpus)
     index = VectorIndex.open(vectors) if device == "cpu" else DeviceIndex.open_on(vectors, device)
     return Searcher(corpus, index, scopes, encoder.dim, filters)
+
+
+def _check_lengths(vectors: FloatArray) -> None:
+    lengths = np.linalg.norm(vectors, axis=1)
+    if not (np.abs(lengths - 1) < 0.01).all():  # NaN is not either
+        raise RetrieverError(
+            f"the encoder gave a vector of length {lengths[np.argmax(np.abs(lengths - 1))]:g} for a query, "
+            "which is near nothing; use bfloat16 or float32 where float16 overflows"
+        )
 
 
 def _model_of(label: str) -> str:

@@ -145,8 +145,10 @@ class Tavily:
                     text = await _read(reply)
             except TimeoutError:
                 raise WebError(self._line(path, f"no answer in {self._call_timeout_s:g} s")) from None
-            except (aiohttp.ClientError, OSError) as error:
+            except (aiohttp.ClientConnectorError, aiohttp.ServerDisconnectedError) as error:
                 raise _Passing(self._line(path, f"{type(error).__name__}: {error}")) from None
+            except (aiohttp.ClientError, OSError) as error:  # amid the answer, which may have been billed
+                raise WebError(self._line(path, f"{type(error).__name__}: {error}")) from None
             except ValueError as error:
                 raise WebError(self._line(path, str(error))) from None
         if reply.status == 200:

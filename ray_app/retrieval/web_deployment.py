@@ -59,6 +59,7 @@ def web_deployment(config: WebConfig) -> Application:
         name="web",
         num_replicas=1,
         max_ongoing_requests=config.max_ongoing_requests,
+        graceful_shutdown_timeout_s=config.timeout_s + 5,  # what is paid for is cached before it leaves
         ray_actor_options={"num_cpus": 0},
     )
     return deployment.bind(config)

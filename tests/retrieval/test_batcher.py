@@ -181,6 +181,40 @@ async def test_each_micro_batch_is_told_with_its_padding(
     assert told[1].waited_s > 0 and told[0].encode_s > 0
 
 
+async def test_a_batch_that_nobody_got_an_answer_from_is_no_progress(encoder: GatedEncoder) -> None:
+    def broken(queries: list[Text], vectors: FloatArray) -> list[str]:
+        raise OSError("the index is away")
+
+    told: list[Batch] = []
+    batcher = Batcher(encoder, broken, observe=told.append)
+    encoder.open()
+    failed = await asyncio.gather(*(batcher.submit(Text("x")) for _ in range(3)), return_exceptions=True)
+    assert [str(error) for error in failed] == ["the index is away"] * 3
+    batcher.close()
+    assert told == []
+
+
+async def test_queries_wait_and_are_counted_where_finishing_is_slow(encoder: GatedEncoder) -> None:
+    gate = threading.Event()
+
+    def slow(queries: list[Text], vectors: FloatArray) -> list[str]:
+        assert gate.wait(20)
+        return echo(queries, vectors)
+
+    batcher = Batcher(encoder, slow, Limits(waiting=8, batch_items=1))
+    encoder.open()
+    asked = [batcher.submit(Text("x")) for _ in range(8)]
+    # Two are handed on, one is encoded and waits for that.
+    async with asyncio.timeout(20):
+        while len(encoder.batches) < 3:  # noqa: ASYNC110  (threads set no event)
+            await asyncio.sleep(0.001)
+    assert batcher.waiting == 5 and batcher.busy_s > 0
+    gate.set()
+    assert await asyncio.gather(*asked) == ["x=1"] * 8
+    batcher.close()
+    assert batcher.busy_s == 0
+
+
 async def test_limits_can_be_changed_while_it_works(
     batcher: Batcher[Text, str], encoder: GatedEncoder
 ) -> None:

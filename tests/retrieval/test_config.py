@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ray_app.errors import ConfigError
 from ray_app.retrieval.config import Autoscaling, Knobs, RetrieverConfig, knobs_of_environment
@@ -24,6 +25,29 @@ def test_the_gpu_config_is_valid_and_its_knobs_reach_the_builder() -> None:
     deployment = app._bound_deployment
     assert deployment.ray_actor_options is not None and deployment.ray_actor_options["num_gpus"] == 1
     assert deployment._deployment_config.autoscaling_config.max_replicas == 2
+
+
+def test_a_service_is_the_same_whatever_its_knobs_were_turned_to() -> None:
+    from ray_app.app import RetrieverArgs, service_digest
+
+    path = "ray_app.app:retriever"
+    first, turned, other = (
+        service_digest(path, RetrieverArgs.model_validate({**BASE, **more}))
+        for more in ({}, {"user_config": {"min_score": 0.3}}, {"min_score": 0.3})
+    )
+    assert first == turned != other
+
+
+def test_a_job_refuses_settings_of_a_deployment_that_it_could_not_apply(tmp_path: Path) -> None:
+    app = {
+        "name": "retriever",
+        "import_path": "ray_app.app:retriever",
+        "deployments": [{"name": "retriever", "num_replicas": 3}],
+    }
+    path = tmp_path / "serve.yaml"
+    path.write_text(yaml.safe_dump({"applications": [app]}))
+    with pytest.raises(ConfigError, match="'num_replicas' is not carried over to a job; set it in `args`"):
+        read_serve_config(str(path))
 
 
 def test_faiss_k_is_the_parity_mode_by_another_name() -> None:

@@ -57,10 +57,16 @@ def test_text_beyond_the_limit_changes_nothing(encoder: Encoder) -> None:
     ],
 )
 def test_each_family_gets_its_prompts_and_others_their_own(name: str, query: str, document: str) -> None:
-    prompts = prompts_of(name, {"query": "ask: ", "document": "text: "})
+    own = {"query": "ask: ", "document": "text: "} if name == "somebody/other-model" else {}
+    prompts = prompts_of(name, own)
     assert prompts.query.startswith(query)
     assert bool(prompts.query) == bool(query)
     assert prompts.document == document
+
+
+def test_a_models_own_prompts_come_before_its_familys() -> None:
+    own = {"query": "Instruct: find passages\nQuery: "}
+    assert prompts_of("intfloat/multilingual-e5-large-instruct", own) == (own["query"], "")
 
 
 def test_a_folder_without_a_model_is_one_line_of_error(tmp_path: Path) -> None:

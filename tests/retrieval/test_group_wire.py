@@ -16,7 +16,7 @@ def test_answers_and_errors_come_back_as_they_were() -> None:
 
 
 def test_parts_of_an_answer_stay_below_what_a_message_holds() -> None:
-    big = Retrieval((Hit(1, "x" * 700_000, 0.5),))
+    big = Retrieval((Hit(1, "x" * 400_000, 0.5),))
     parts = [unpacked(part) for part in packed([(i, big) for i in range(5)])]
     assert [[position for position, _ in part] for part in parts] == [[0, 1], [2, 3], [4]]
     assert list(packed([])) == []

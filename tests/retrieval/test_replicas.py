@@ -120,6 +120,10 @@ async def test_a_serve_config_turns_knobs_without_a_restart(
     assert [hit.text for hit in after.hits] == [GLACIER] and len(before.hits) > 10
     assert "postfilter:7, score > 0.99" in (await client.info())["policy"]
     assert (await stats())["pid"] == replica
+    await deploy_file(min_scores=0.5)
+    info = await client.info()
+    assert "unknown key 'min_scores'" in info["knobs_error"] and "score > 0.99" in info["policy"]
+    assert (await stats())["pid"] == replica, "a mistake in a knob takes no service down"
 
 
 async def test_answers_leave_a_group_as_they_come(client: HandleRetriever, tmp_path: Path) -> None:
@@ -162,11 +166,13 @@ async def test_a_full_replica_refuses_each_query_by_itself_and_the_client_asks_a
     refused: list[RetrieverError] = []
     client._on_retry = refused.append
     asked = [asyncio.create_task(client.retrieve(GLACIER, "all", 1)) for _ in range(6)]
-    await until(lambda: len(refused) >= 2)
+    await until(lambda: len(refused) >= 8)  # four times the two that find no room, and none gives up
     gate.touch()
     assert [found.hits[0].text for found in await asyncio.gather(*asked)] == [GLACIER] * 6
     await held
     assert {type(error) for error in refused} == {QueueFull}
+    with pytest.raises(RetrieverError, match=r"^ValueError: this encoder is broken"):
+        await client.retrieve("broken", "all", 1)
 
 
 async def test_a_new_version_takes_over_without_losing_a_query(
@@ -218,14 +224,30 @@ async def test_an_encoder_that_breaks_is_seen_by_the_health_check(config: Retrie
 
 
 def test_replicas_follow_the_queries_that_wait() -> None:
-    from types import SimpleNamespace
+    from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
     from ray_app.retrieval.deployment import replicas_for
 
-    config = SimpleNamespace(target_ongoing_requests=100)
-    context = SimpleNamespace(
-        aggregated_metrics={"waiting": {"a": 250.0, "b": 90.0}}, total_queued_requests=10, config=config
-    )
-    assert replicas_for(context) == (3.5, {})
-    idle = SimpleNamespace(aggregated_metrics=None, total_queued_requests=None, config=config)
-    assert replicas_for(idle) == (0.0, {})
+    def context(waiting: dict[str, float] | None, queued: float | None) -> AutoscalingContext:
+        return AutoscalingContext(
+            deployment_id=None,
+            deployment_name="retriever",
+            app_name=APP,
+            current_num_replicas=2,
+            target_num_replicas=2,
+            running_replicas=[],
+            total_num_requests=0.0,
+            total_queued_requests=queued,
+            aggregated_metrics=None if waiting is None else {"waiting": waiting},
+            raw_metrics=None,
+            capacity_adjusted_min_replicas=1,
+            capacity_adjusted_max_replicas=9,
+            policy_state={},
+            last_scale_up_time=None,
+            last_scale_down_time=None,
+            current_time=None,
+            config=AutoscalingConfig(target_ongoing_requests=100),
+        )
+
+    assert replicas_for(context({"a": 250.0, "b": 90.0}, 10.0)) == (3.5, {})
+    assert replicas_for(context(None, None)) == (0.0, {})

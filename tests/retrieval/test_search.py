@@ -4,9 +4,11 @@ import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from ray_app.errors import ConfigError, DatasetError, UserError
+from ray_app.errors import ConfigError, DatasetError, RetrieverError, UserError
+from ray_app.retrieval.encoder import FloatArray, Tokens
 from ray_app.retrieval.index import UnknownScope
 from ray_app.retrieval.search import BadQuery, Filters, LocalRetriever, Query, Searcher, open_searcher
 from tests.retrieval.data import WordEncoder, build_searcher, document
@@ -120,6 +122,28 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     (tmp_path / "vectors.npy").unlink()
     with pytest.raises(DatasetError, match="neither vectors"):
         open_searcher(tmp_path, None, WordEncoder(), Filters(unscoped="search"))
+
+
+async def test_a_query_whose_vector_is_none_is_an_error_and_not_an_empty_answer(searcher: Searcher) -> None:
+    class Overflowing(WordEncoder):
+        def encode(self, queries: list[Tokens]) -> FloatArray:
+            vectors = super().encode(queries)
+            vectors[[len(tokens) == 1 for tokens in queries]] = np.nan
+            return vectors
+
+    retriever = LocalRetriever(searcher, Overflowing())
+    good = asyncio.create_task(retriever.retrieve(document("glacier", "south"), "all", 1))
+    with pytest.raises(RetrieverError, match="a vector of length nan"):
+        await retriever.retrieve("overflow", "all", 1)
+    assert [hit.text for hit in await good] == [document("glacier", "south")]
+    retriever.close()
+
+
+def test_vectors_without_a_manifest_are_no_index(tmp_path: Path) -> None:
+    build_searcher(tmp_path, WordEncoder())
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(DatasetError, match="has no manifest: its vectors may not be those of its corpus"):
+        open_searcher(tmp_path, tmp_path / "examples.json", WordEncoder())
 
 
 def test_a_retriever_without_scopes_must_be_told_to_search_everything(tmp_path: Path) -> None:

@@ -114,9 +114,9 @@ async def test_calls_at_once_are_bounded_over_all_fallbacks(make: Make) -> None:
 
 async def test_pages_that_are_late_are_given_up_and_the_others_used(server: TavilyServer, make: Make) -> None:
     server.faults = {A: ["hang"], D: ["hang"]}
-    found = await make(timeout_s=0.5).search("ice", 50)
+    found = await make(timeout_s=2.0).search("ice", 50)
     assert found.hits == (web_hit(B, 1), web_hit(C, 2))
-    assert found.web_error == "2 web pages were not read in 0.5 s"
+    assert found.web_error == "2 web pages were not read in 2 s"
     assert found.cost_usd == pytest.approx(0.014)
     await asyncio.wait_for(server.closed_early.wait(), 5)
 
