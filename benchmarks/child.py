@@ -65,13 +65,14 @@ class Child:
 
     def close(self) -> None:
         """Closes the child's input and waits for its end; kills one that does not end."""
-        assert self._process.stdin is not None
+        assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
         try:
             self._process.wait(END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._process.stdout.close()
 
     def __enter__(self) -> Self:
         return self

@@ -28,9 +28,11 @@ class Counted:
 
     def __init__(self) -> None:
         self.batches = self.queries = 0
+        self.encode_s = 0.0
 
     def add(self, batch: Batch) -> None:
         self.batches, self.queries = self.batches + 1, self.queries + batch.queries
+        self.encode_s += batch.encode_s
 
 
 class PlainService:
@@ -54,8 +56,8 @@ async def main(folder: str, encoder: str, threads: int, limits: dict[str, int]) 
     app = build_http_app(service)
 
     @app.get("/stats")
-    async def stats() -> dict[str, int]:
-        return {"batches": counted.batches, "queries": counted.queries}
+    async def stats() -> dict[str, float]:
+        return vars(counted)
 
     if "ray" in sys.modules:
         raise RuntimeError("the plain server imported ray; it must show what a server without it does")

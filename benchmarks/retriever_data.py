@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from benchmarks.stub_encoder import DIM, common_direction, unit
 from ray_app.records import digest
-from ray_app.retrieval.build import CORPUS, VECTORS
+from ray_app.retrieval.build import CORPUS, MANIFEST, VECTORS
 from ray_app.retrieval.corpus import SCHEMA, IntArray
 from ray_app.retrieval.encoder import FloatArray
 
@@ -34,8 +34,10 @@ TOPIC_SHARE = 0.5  # of a query's words that are its question's
 SHORT_SHARE = 0.01  # of the texts that are too short to be a hit
 # Questions without any document, for which a web fallback goes out.
 EMPTY_EIDS = tuple(f"none-{number}" for number in range(8))
+# Documents of a question that is asked. With fewer, a query might find too few and go out to the web.
+FEWEST = 10
 PIECE_ROWS = 10_000
-FORMAT = 2
+FORMAT = 3
 
 
 class TextEncoder(Protocol):
@@ -136,11 +138,14 @@ class _Maker:
         ids = spread_ids(sizes.rows)
         write_corpus(self._folder / CORPUS, ids, texts(rng, sizes.rows, list(self._words)))
         _write_jsonl(self._folder / CORPUS, self._folder / JSONL)
+        write_manifest(self._folder, sizes.rows)
         listed = [[int(ids[row]) for row in self._with_repeats(rows)] for rows in scopes]
         examples = dict(zip(eids, listed, strict=True)) | {eid: [] for eid in EMPTY_EIDS}
         (self._folder / EXAMPLES).write_text(json.dumps(examples))
         np.savez(self._folder / PLACES, **dict(zip(eids, scopes, strict=True)))  # type: ignore[arg-type]
-        (self._folder / QUERIES).write_text(json.dumps(self._queries(topics, eids)))
+        asked = [place for place, rows in enumerate(scopes) if len(rows) >= FEWEST]
+        pairs = [(topics[place], eids[place]) for place in asked]
+        (self._folder / QUERIES).write_text(json.dumps(self._queries(pairs)))
 
     def _draw_words(self) -> list[str]:
         count = QUERY_TOKENS - SPECIAL_TOKENS
@@ -150,15 +155,15 @@ class _Maker:
         again = self._rng.choice(rows, int(len(rows) * REPEATED)) if len(rows) else rows
         return self._rng.permutation(np.concatenate([rows, again]))
 
-    def _queries(self, topics: list[list[str]], eids: list[str]) -> list[tuple[str, str]]:
+    def _queries(self, questions: list[tuple[list[str], str]]) -> list[tuple[str, str]]:
         """Distinct queries, each of words of its question and of words of its own."""
         made: dict[str, str] = {}
         while len(made) < self._sizes.queries:
-            question = int(self._rng.integers(len(topics)))
+            topic, eid = questions[int(self._rng.integers(len(questions)))]
             words = self._draw_words()
             kept = int(len(words) * TOPIC_SHARE)
-            words[:kept] = [str(w) for w in self._rng.choice(topics[question], kept, replace=False)]
-            made[" ".join(words)] = eids[question]
+            words[:kept] = [str(w) for w in self._rng.choice(topic, kept, replace=False)]
+            made[" ".join(words)] = eid
         return list(made.items())
 
     def _write_vectors(self, topics: list[list[str]], scopes: list[IntArray]) -> None:
@@ -207,6 +212,11 @@ def write_corpus(path: Path, ids: IntArray, documents: Iterator[str]) -> None:
             part = ids[start : start + PIECE_ROWS]
             held = [text for _, text in zip(part, documents, strict=False)]
             writer.write_batch(pa.record_batch([part, held, [len(text) for text in held]], schema=SCHEMA))
+
+
+def write_manifest(folder: Path, documents: int) -> None:
+    """Says that the folder's vectors are its corpus'. It names no encoder, for several are used with it."""
+    (folder / MANIFEST).write_text(json.dumps({"documents": documents, "dim": DIM, "made_by": __name__}))
 
 
 def _write_jsonl(corpus: Path, out: Path) -> None:

@@ -26,6 +26,7 @@ from benchmarks.retriever_data import QUERIES, Query
 
 TOP_K = 50
 TIMEOUT_S = 300.0
+WEB_ID = -1  # of pages, which have no id
 
 Send = Callable[[Query, bool], Awaitable[list[int] | None]]
 
@@ -37,6 +38,7 @@ class Measured:
     seconds: float = 0.0
     latencies_s: list[float] = field(default_factory=list)
     extra_s: list[float] = field(default_factory=list)
+    extra_hits: list[int] = field(default_factory=list)
     kept: dict[int, list[int]] = field(default_factory=dict)
     errors: Counter[str] = field(default_factory=Counter)
 
@@ -92,10 +94,12 @@ class Clients:
     async def _extra(self, send: Send, query: Query, measured: Measured) -> None:
         sent = time.perf_counter()
         try:
-            await send(query, False)
+            ids = await send(query, True)
         except Exception as error:
             measured.errors[f"extra: {type(error).__name__}: {error}"[:200]] += 1
+            return
         measured.extra_s.append(time.perf_counter() - sent)
+        measured.extra_hits.append(len(ids or ()))
 
     def _over_http(self, url: str) -> Send:
         session, headers = self._session(url), {"Content-Type": "application/json"}
@@ -107,7 +111,7 @@ class Clients:
                 received = await reply.read()
                 if reply.status != 200:
                     raise RuntimeError(f"HTTP {reply.status}: {received[:150]!r}")
-            return [hit["document"]["id"] for hit in json.loads(received)[0]] if is_kept else None
+            return [hit["document"].get("id", WEB_ID) for hit in json.loads(received)[0]] if is_kept else None
 
         return send
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.figures import Figure
-from benchmarks.retriever_data import EXAMPLES, spread_ids, write_corpus
-from benchmarks.retriever_stand import MIB, Stand
+from benchmarks.retriever_data import EXAMPLES, spread_ids, write_corpus, write_manifest
+from benchmarks.retriever_processes import MIB, anonymous_bytes
+from benchmarks.retriever_stand import Stand
 from benchmarks.stub_encoder import DIM, NOOP, bank
 from ray_app.retrieval.build import CORPUS, VECTORS
 
@@ -47,9 +48,11 @@ def _held(stand: Stand, documents: int, winners: int) -> int:
     eids = write_index(folder, documents, winners)
     try:
         config: dict[str, Any] = {"index_dir": str(folder), "examples": str(folder / EXAMPLES)}
-        target = stand.over_http(app, encoder=NOOP, **config)
-        stand.ask_each(target, [(f"query {eid}", eid) for eid in eids])
-        held = target.anonymous_bytes()
+        target, _ = stand.ours(app, encoder=NOOP, **config)
+        hits = stand.ask_each(target, [(f"query {eid}", eid) for eid in eids])
+        if hits != winners:
+            raise RuntimeError(f"{hits} hits of {documents} documents; expected {winners}")
+        held = anonymous_bytes(target.pid)
         stand.delete(app)
     finally:
         shutil.rmtree(folder)
@@ -59,7 +62,7 @@ def _held(stand: Stand, documents: int, winners: int) -> int:
 def write_index(folder: Path, documents: int, winners: int) -> list[str]:
     """An index of `documents` that stubs' queries all find; the questions, which share no document.
 
-    With fewer documents than winners, the questions share them.
+    With fewer documents than winners, questions share them, none twice. Both are multiples of PER_SCOPE.
     """
     folder.mkdir()
     ids = spread_ids(documents)
@@ -72,7 +75,9 @@ def write_index(folder: Path, documents: int, winners: int) -> list[str]:
     for start in range(0, documents, len(made)):
         held[start : start + len(made)] = made[: documents - start]
     held.flush()
-    rows = np.random.default_rng(5).permutation(max(documents, winners))[:winners] % documents
+    write_manifest(folder, documents)
+    rng = np.random.default_rng(5)
+    rows = np.concatenate([rng.permutation(documents) for _ in range(-(-winners // documents))])[:winners]
     eids = [f"q{number}" for number in range(winners // PER_SCOPE)]
     listed = ids[rows].reshape(len(eids), PER_SCOPE).tolist()
     (folder / EXAMPLES).write_text(json.dumps(dict(zip(eids, listed, strict=True))))

@@ -7,69 +7,32 @@ one is loaded at a time. Every comparison is of rounds that take turns, each bes
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import psutil
-
 from benchmarks.child import Child
 from benchmarks.retriever_data import Data, Query
+from benchmarks.retriever_processes import Used, rss_mib
 from benchmarks.stub_encoder import COST_VARIABLE, Cost
 
-MIB = float(1 << 20)
 # More than the clients that there are: what is refused would be no measurement.
 WAITING = 2048
 # What `paced` takes: about a hundred milliseconds for 64 queries of 64 tokens.
 PACED_COST = Cost(20, 0.02)
 WARM_UP = 128
 ASKED_AT_ONCE = 50
+# A round that takes less is no news.
+TOLD_S = 1.0
 # The stub of the web asks for no key, but our client must have one.
 WEB_KEY_VARIABLE = "BENCH_WEB_KEY"
-_ENDED = (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied)
-
-
-class Used:
-    """CPU seconds so far of the benchmark's processes, by what they are."""
-
-    def __init__(self, children: Mapping[int, str]) -> None:
-        self.cpu_s: dict[int, tuple[str, float]] = {}
-        for process in psutil.Process().children(recursive=True):
-            try:
-                times = process.cpu_times()
-                kind = children.get(process.pid) or kind_of(process.cmdline())
-                self.cpu_s[process.pid] = kind, times.user + times.system
-            except _ENDED:
-                continue
-
-    def since(self, before: Used) -> Counter[str]:
-        spent = Counter[str]()
-        for pid, (kind, used_s) in self.cpu_s.items():
-            spent[kind] += used_s - before.cpu_s.get(pid, ("", 0.0))[1]  # type: ignore[assignment]
-        return spent
-
-
-def kind_of(command: Sequence[str]) -> str:
-    """What a process of Ray is to the retriever: a replica, HAProxy, or one of the others."""
-    name = command[0].rpartition("/")[2] if command else ""
-    for start, kind in (
-        ("ray::ServeReplica", "replica"),
-        ("haproxy", "HAProxy"),
-        ("ray::HAProxyManager", "HAProxy's manager"),
-        ("ray::ProxyActor", "Serve's proxy"),
-    ):
-        if name.startswith(start):
-            return kind
-    return "rest of Ray"
 
 
 @dataclass(frozen=True)
@@ -81,30 +44,27 @@ class Target:
     pid: int
     stats: Callable[[], Mapping[str, Any]] = field(compare=False)
 
-    @property
-    def rss_mib(self) -> float:
-        return psutil.Process(self.pid).memory_info().rss / MIB
-
-    def anonymous_bytes(self) -> int:
-        """RssAnon: memory that no file stands behind."""
-        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-        raise RuntimeError(f"/proc/{self.pid}/status has no RssAnon; expected Linux 4.5 or newer")
-
 
 @dataclass(frozen=True)
 class Ran:
-    """One round: a closed loop of `clients` against one server."""
+    """One round: a closed loop of `clients` against one server.
+
+    `extra_ms` and `extra_hits` are of the requests beside it, `kept` the ids of some answers by their number;
+    `fallbacks` and `encode_s`, the time in the encoder, are 0 where a server does not count them.
+    """
 
     target: Target
     clients: int
     seconds: float
     latencies_ms: list[float]
     extra_ms: list[float]
+    extra_hits: list[int]
     kept: Mapping[int, list[int]]
     mean_batch: float
-    cpu_s: Counter[str]
+    fallbacks: int
+    encode_s: float
+    rss_mib: float
+    cpu_s: Mapping[str, float]
 
     @property
     def per_s(self) -> float:
@@ -119,9 +79,14 @@ class Ran:
         return p99(self.latencies_ms)
 
     @property
-    def cpu_ms(self) -> Counter[str]:
+    def encode_ms(self) -> float:
+        """Time in the encoder per request."""
+        return 1000 * self.encode_s / len(self.latencies_ms)
+
+    @property
+    def cpu_ms(self) -> dict[str, float]:
         """CPU per request, by kind of process."""
-        return Counter({kind: 1000 * used / len(self.latencies_ms) for kind, used in self.cpu_s.items()})
+        return {kind: 1000 * used / len(self.latencies_ms) for kind, used in self.cpu_s.items()}
 
 
 def p99(values: Sequence[float]) -> float:
@@ -129,12 +94,18 @@ def p99(values: Sequence[float]) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[-1]
 
 
-class Stand:
-    """Data, servers and clients. A context manager: nothing outlives it."""
+def _nothing(line: str) -> None:
+    pass
 
-    def __init__(self, data: Data, threads: int, with_haproxy: bool = True) -> None:
+
+class Stand:
+    """Data, servers and clients. A context manager: nothing outlives it. `say` is told what goes on."""
+
+    def __init__(
+        self, data: Data, threads: int, say: Callable[[str], None] = _nothing, with_haproxy: bool = True
+    ) -> None:
         self.data, self.threads = data, threads
-        self._with_haproxy = with_haproxy
+        self._say, self._with_haproxy = say, with_haproxy
         self._stack = ExitStack()
         self._children: dict[int, str] = {}
         self._targets: dict[tuple[str, ...], Target] = {}
@@ -173,13 +144,11 @@ class Stand:
         name = f"reference, {rows}" + ("" if depth == 1000 else f", k={depth}")
         return self._http_server(name, "benchmarks.reference_retriever", encoder, given)
 
-    def over_http(self, app: str, **config: Any) -> Target:
-        """Our application, deployed when first asked for, behind its HTTP port."""
-        return self._ours(app, config)[0]
-
-    def by_handle(self, app: str, **config: Any) -> Target:
-        """The same application by handle."""
-        return self._ours(app, config)[1]
+    def ours(self, app: str, **config: Any) -> tuple[Target, Target]:
+        """Our application over HTTP and by handle; `config` deploys it when it is first asked for."""
+        if (app, "http") not in self._targets:
+            self._deploy(app, config)
+        return self._targets[app, "http"], self._targets[app, "handle"]
 
     def web(self, search_s: float, page_s: float) -> str:
         """The address of a stub of the web search, which takes this long for a search and for a page."""
@@ -191,9 +160,10 @@ class Stand:
         self._session.ask({"do": "delete", "app": app})
 
     @property
-    def proxy(self) -> str:
-        """What answers HTTP before our replicas."""
-        return "HAProxy" if self._session.hello["haproxy"] else "Serve's own proxy"
+    def serve_mode(self) -> str:
+        """How Serve runs, and what answers HTTP before our replicas."""
+        proxy = "HAProxy" if self._session.hello["haproxy"] else "Serve's own proxy"
+        return f"Serve in throughput mode behind {proxy}"
 
     def run(self, target: Target, clients: int, count: int, **job: Any) -> Ran:
         """One round of `count` queries. Raises RuntimeError where a request fails."""
@@ -202,12 +172,18 @@ class Stand:
             self._load(target, min(clients, WARM_UP), WARM_UP, {})
         return self._load(target, clients, count, job)
 
-    def ask_each(self, target: Target, queries: Sequence[tuple[str, str]]) -> None:
-        """Asks these (text, question id), some at a time. Raises RuntimeError where one fails."""
+    def ask_each(self, target: Target, queries: Sequence[tuple[str, str]]) -> int:
+        """Asks these (text, question id), some at a time: how many hits that gave.
+
+        Raises RuntimeError where one fails.
+        """
+        hits = 0
         for start in range(0, len(queries), ASKED_AT_ONCE):
             job = {"to": target.to, "clients": 0, "count": 0, "start": 0}
             measured = self._clients.ask({**job, "extra": queries[start : start + ASKED_AT_ONCE]})
             self._check(target, measured)
+            hits += sum(measured["extra_hits"])
+        return hits
 
     @staticmethod
     def _check(target: Target, measured: Mapping[str, Any]) -> None:
@@ -222,15 +198,25 @@ class Stand:
         measured = self._clients.ask(asked)
         spent, now = Used(self._children).since(used), target.stats()
         self._check(target, measured)
-        batches = now["batches"] - counted["batches"]
+        answered = len(measured["latencies_s"])
+        if measured["seconds"] >= TOLD_S:
+            self._say(f"{target.name}, {clients} clients: {answered} queries in {measured['seconds']:.1f} s")
+        batches, queries, fallbacks, encode_s = (
+            now.get(name, 0) - counted.get(name, 0)
+            for name in ("batches", "queries", "fallbacks", "encode_s")
+        )
         return Ran(
             target,
             clients,
             measured["seconds"],
             [1000 * s for s in measured["latencies_s"]],
             [1000 * s for s in measured["extra_s"]],
+            measured["extra_hits"],
             {int(number): ids for number, ids in measured["kept"].items()},
-            (now["queries"] - counted["queries"]) / max(1, batches),
+            queries / max(1, batches),
+            int(fallbacks),
+            encode_s,
+            rss_mib(target.pid),
             spent,
         )
 
@@ -238,13 +224,14 @@ class Stand:
         """Cores that all processes together use while nobody asks anything."""
         before = Used(self._children)
         time.sleep(seconds)
-        return Used(self._children).since(before).total() / seconds
+        return sum(Used(self._children).since(before).values()) / seconds
 
     def queries(self, numbers: Sequence[int]) -> list[Query]:
         """The queries that have these numbers in a round's answer."""
         return [self.data.queries[number % len(self.data.queries)] for number in numbers]
 
     def _child(self, kind: str, module: str, given: object, environ: Mapping[str, str]) -> Child:
+        self._say(f"starts {module}")
         child = self._stack.enter_context(Child(module, given, environ))
         self._children[child.pid] = kind
         return child.started()
@@ -254,26 +241,25 @@ class Stand:
         if key not in self._targets:
             child = self._child("server", module, given, {COST_VARIABLE: str(PACED_COST)})
             url = child.hello["url"]
-            stats = lambda: self._clients.ask({"stats": url})  # noqa: E731
+            stats = partial(self._clients.ask, {"stats": url})
             self._targets[key] = Target(name, url, child.pid, stats)
         return self._targets[key]
 
-    def _ours(self, app: str, config: Mapping[str, Any]) -> tuple[Target, Target]:
-        if (app, "http") not in self._targets:
-            settings = {
-                "index_dir": str(self.data.folder),
-                "examples": str(self.data.examples),
-                "num_cpus": self.threads,
-                "max_ongoing_requests": WAITING,
-                "max_queued_requests": WAITING,
-                **config,
-            }
-            answer = self._session.ask({"do": "deploy", "app": app, "config": settings})
-            pid = replica_pid(app)
-            stats = lambda: self._session.ask({"do": "stats", "app": app})  # noqa: E731
-            self._targets[app, "http"] = Target("ours over HTTP", answer["url"], pid, stats)
-            self._targets[app, "handle"] = Target("ours by handle", app, pid, stats)
-        return self._targets[app, "http"], self._targets[app, "handle"]
+    def _deploy(self, app: str, config: Mapping[str, Any]) -> None:
+        settings = {
+            "index_dir": str(self.data.folder),
+            "examples": str(self.data.examples),
+            "num_cpus": self.threads,
+            "max_ongoing_requests": WAITING,
+            "max_queued_requests": WAITING,
+            **config,
+        }
+        self._say(f"deploys {app}")
+        answer = self._session.ask({"do": "deploy", "app": app, "config": settings})
+        stats = partial(self._session.ask, {"do": "stats", "app": app})
+        pid = int(stats()["pid"])
+        self._targets[app, "http"] = Target("ours over HTTP", answer["url"], pid, stats)
+        self._targets[app, "handle"] = Target("ours by handle", app, pid, stats)
 
     @cached_property
     def _session(self) -> Child:
@@ -285,19 +271,6 @@ class Stand:
     def _clients(self) -> Child:
         given = {"folder": str(self.data.folder), "ray_address": self._session.hello["address"]}
         return self._child("clients", "benchmarks.retriever_load", given, self._session.hello["environ"])
-
-
-def replica_pid(app: str) -> int:
-    """The process of the only replica of one of our applications. Ray names it so."""
-    wanted = f"ray::ServeReplica:{app}:retriever"
-    for process in psutil.Process(os.getpid()).children(recursive=True):
-        try:
-            # Followed, while it runs one, by the name of a method.
-            if (process.cmdline() or [""])[0].startswith(wanted):
-                return process.pid
-        except _ENDED:
-            continue
-    raise RuntimeError(f"no process is called {wanted!r}")
 
 
 def rounds(stand: Stand, targets: Sequence[Target], clients: int, count: int, times: int) -> list[list[Ran]]:

@@ -125,19 +125,23 @@ class HandleRetriever:
             group.when_nobody_waits(task.cancel)
 
     async def _answer(self, group: _Group) -> None:
-        parts = None
+        call = None
         try:
             handle = await self._connected()
             queries = pickle.dumps([(query.text, query.scope_id, query.top_k) for query, _ in group.asked])
-            parts = handle.options(stream=True).retrieve_group.remote(queries)
-            async for part in parts:
-                group.settle(group_wire.unpacked(part))
+            if len(group.asked) == 1:  # a stream of one costs a third of a millisecond more
+                call = handle.retrieve_one.remote(queries)
+                group.settle(group_wire.unpacked(await call))
+            else:
+                call = handle.options(stream=True).retrieve_group.remote(queries)
+                async for part in call:
+                    group.settle(group_wire.unpacked(part))
             group.fail(RetrieverError(f"retriever {self._app_name!r} left a query without an answer"))
         except (RayServeException, RayError) as error:
             group.fail(self._translated(error))
         except asyncio.CancelledError:  # nobody waits any more: the retriever need not encode it
-            if parts is not None:
-                parts.cancel()
+            if call is not None:
+                call.cancel()
             group.fail(RetrieverError(f"retriever {self._app_name!r}: the call was cancelled"))
             raise
         except Exception as error:

@@ -119,6 +119,17 @@ class RetrieverDeployment:
             for task in pending:
                 task.cancel()
 
+    async def retrieve_one(self, packed: bytes) -> bytes:
+        """As `retrieve_group` for a list of one query: its only part."""
+        [fields] = pickle.loads(packed)
+        query = Query(*fields)
+        try:
+            answer: group_wire.Answer = await self._answer(query, self._submit(query))
+        except EvalError as error:
+            answer = error
+        [part] = group_wire.packed([(0, answer)])
+        return part
+
     async def info(self) -> dict[str, str]:
         """What this service is: digest, encoder, index, sizes, and as `policy` what decides its hits."""
         knobs, config = self._knobs, self._config

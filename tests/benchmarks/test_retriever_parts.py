@@ -22,7 +22,7 @@ from benchmarks.retriever_data import EMPTY_EIDS, Data, Query, Sizes, draw_scope
 from benchmarks.retriever_load import Clients
 from benchmarks.retriever_memory import write_index
 from benchmarks.retriever_oracle import TOP_K, Oracle
-from benchmarks.retriever_stand import kind_of
+from benchmarks.retriever_processes import kind_of
 from benchmarks.serve_retriever import serve_environ
 from benchmarks.stub_encoder import CHARS_PER_TOKEN, NOOP, Cost, StubEncoder, noop
 from ray_app.retrieval.build import CORPUS
