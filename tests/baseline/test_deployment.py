@@ -14,15 +14,9 @@ import httpx
 import pytest
 
 from tests.baseline.prompts import answer_request, context
+from tests.ray_marks import RAY
 
-pytestmark = [
-    pytest.mark.cluster,
-    # Ray's own: fields declared in pydantic's old way, sockets and processes left to the collector.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = RAY
 
 APP = "baseline-under-test"
 

@@ -20,20 +20,14 @@ import pytest
 from ray_app.errors import ConfigError, DatasetError, InfrastructureError
 from ray_app.retrieval.build import CORPUS, MANIFEST, VECTORS, Build, embed, opened, read_manifest
 from ray_app.retrieval.encoder import FloatArray, load_encoder
+from tests.ray_marks import RAY
 from tests.retrieval.data import TOPICS, rows, write_jsonl
 from tests.retrieval.stub_encoders import HERE
 
 if TYPE_CHECKING:
     from ray_app.retrieval.build_job import Host, Order, Patience
 
-pytestmark = [
-    pytest.mark.cluster,
-    # Ray's own: fields declared in pydantic's old way, sockets and processes left to the collector.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = RAY
 
 # One document at once, shards of eight: six of them.
 BATCH = 1

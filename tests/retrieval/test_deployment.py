@@ -18,20 +18,14 @@ import pytest
 
 from ray_app.errors import DatasetError, RetrieverError
 from ray_app.retrieval.search import BadQuery
+from tests.ray_marks import RAY
 from tests.retrieval.data import document, rows, write_examples, write_jsonl
 from tests.retrieval.serving import serving
 
 if TYPE_CHECKING:
     from ray_app.retrieval.client import HandleRetriever
 
-pytestmark = [
-    pytest.mark.cluster,
-    # Ray's own: fields declared in pydantic's old way, sockets and processes left to the collector.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = RAY
 
 APP = "retriever-under-test"
 

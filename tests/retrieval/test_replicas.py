@@ -14,6 +14,7 @@ from ray_app.errors import RetrieverError
 from ray_app.records import Retrieval
 from ray_app.retrieval.batcher import QueueFull
 from ray_app.retrieval.search import Query
+from tests.ray_marks import RAY
 from tests.retrieval.data import document, rows, write_examples, write_jsonl
 from tests.retrieval.serving import WAIT_S, serving, until
 
@@ -21,14 +22,7 @@ if TYPE_CHECKING:
     from ray_app.retrieval.client import HandleRetriever
     from ray_app.retrieval.config import RetrieverConfig
 
-pytestmark = [
-    pytest.mark.cluster,
-    # Ray's own, see test_deployment.py.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = RAY
 
 ENCODER = "tests.retrieval.gated_encoder:GatedEncoder"
 GLACIER = document("glacier", "south")

@@ -14,6 +14,7 @@ import pytest
 
 from ray_app.errors import DatasetError
 from ray_app.retrieval.web_config import WebConfig
+from tests.ray_marks import RAY
 from tests.retrieval.data import document, rows, write_jsonl
 from tests.retrieval.serving import free_port, serving
 from tests.retrieval.tavily_server import KEY, TavilyServer, serving_tavily, text_of
@@ -21,14 +22,7 @@ from tests.retrieval.tavily_server import KEY, TavilyServer, serving_tavily, tex
 if TYPE_CHECKING:
     from ray_app.retrieval.client import HandleRetriever
 
-pytestmark = [
-    pytest.mark.cluster,
-    # Ray's own, see test_deployment.py.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = RAY
 
 GLACIER = document("glacier", "south")
 APP = "retriever-with-web"
