@@ -260,14 +260,13 @@ class Batcher(Generic[Q, R]):
         try:
             vectors = self._encoder.encode([item.tokens for item in batch])
         except Exception as error:
-            self._retry_singly(batch, error, self._encode_one)
+            if len(batch) == 1:
+                _reject(batch[0], error)
+                return
+            for item in batch:
+                self._encode_or_reject([item])
         else:
             self._hand_on(batch, vectors, began)
-
-    def _encode_one(self, item: _Item[Q, R]) -> None:
-        began = time.monotonic()
-        vectors = self._encoder.encode([item.tokens])
-        self._hand_on([item], vectors, began)
 
     def _hand_on(self, batch: list[_Item[Q, R]], vectors: FloatArray, began: float) -> None:
         encoded = time.monotonic()
@@ -310,18 +309,6 @@ class Batcher(Generic[Q, R]):
             return any(alone)
         _resolve(batch, results)
         return True
-
-    def _retry_singly(
-        self, batch: list[_Item[Q, R]], error: Exception, handle: Callable[[_Item[Q, R]], None]
-    ) -> None:
-        if len(batch) == 1:
-            _reject(batch[0], error)
-            return
-        for item in batch:
-            try:
-                handle(item)
-            except Exception as own:
-                _reject(item, own)
 
 
 def cut(items: Sequence[_Item[Q, R]], limits: Limits) -> list[list[_Item[Q, R]]]:

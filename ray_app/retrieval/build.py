@@ -27,6 +27,7 @@ from ray_app.errors import ConfigError, DatasetError, StorageError
 from ray_app.records import digest
 from ray_app.retrieval.corpus import Corpus, IntArray, build_corpus
 from ray_app.retrieval.encoder import Encoder, FloatArray, prompts_of
+from ray_app.retrieval.index import not_unit
 
 FORMAT = 2
 DOCUMENT_BATCH = 32
@@ -95,7 +96,7 @@ class Build:
 
     def texts(self, shard: int) -> list[str]:
         """The texts of one shard, the longest first; `embed` batches them."""
-        return [self.corpus.text(int(row)) for row in self.shards[shard]]
+        return self.corpus.texts(self.shards[shard])
 
     def keep(self, shard: int, vectors: FloatArray) -> None:
         """Stores the vectors of one shard.
@@ -164,7 +165,7 @@ class Build:
         except (OSError, ValueError, EOFError):
             return None
         # A part whose blocks never reached the disk has the right size and zeros in it.
-        is_whole = self._fits(shard, vectors) and not len(_not_unit(vectors))
+        is_whole = self._fits(shard, vectors) and not len(not_unit(vectors))
         if is_whole and self.dim is None:
             self.dim = int(vectors.shape[1])
         return vectors if is_whole else None
@@ -184,7 +185,7 @@ class Build:
                 f"encoder {name!r} gives {vectors.dtype} {vectors.shape} for {len(rows)} documents; expected "
                 f"float32 with {self.dim or 'any'} dimensions; if it changed, remove {self.out / PARTS}"
             )
-        wrong = _not_unit(vectors)
+        wrong = not_unit(vectors)
         if len(wrong):
             document, length = self.corpus.ids[rows[wrong[0]]], np.linalg.norm(vectors[wrong[0]])
             raise ConfigError(
@@ -392,13 +393,6 @@ def _is_finished(out: Path, recipe: Recipe) -> bool:
 
 def _occupied(out: Path, what: str) -> ConfigError:
     return ConfigError(f"index folder {out} holds {what}; choose another, or replace it with --force")
-
-
-def _not_unit(vectors: FloatArray) -> IntArray:
-    with np.errstate(all="ignore"):  # what a broken file holds may be any number
-        lengths = np.linalg.norm(vectors, axis=1)
-        # Half precision leaves a length within this of 1; NaN is not within it.
-        return np.flatnonzero(~(np.abs(lengths - 1) < 0.01))
 
 
 def _move(source: Path, target: Path) -> None:

@@ -15,6 +15,7 @@ import os
 import pickle
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI
@@ -141,7 +142,7 @@ class RetrieverDeployment:
     async def stats(self) -> dict[str, Any]:
         """Of this replica: sums since it started (`metrics.Totals`), its process, the queries that wait."""
         now = {"pid": os.getpid(), WAITING: self._retriever.batcher.waiting}
-        return {**self._meters.totals.as_dict(), **now}
+        return {**asdict(self._meters.totals), **now}
 
     async def unknown_scopes(self, question_ids: list[str]) -> list[str]:
         """Those of `question_ids` that a scoped search would refuse."""

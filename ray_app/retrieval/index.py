@@ -227,6 +227,14 @@ def postfilter_depth(mode: str) -> int | None:
     raise ValueError(f"mode {mode!r} is unknown; expected 'exact' or 'postfilter:K' with K > 0")
 
 
+def not_unit(vectors: FloatArray) -> IntArray:
+    """The rows whose length is not 1, of float32 [n, dim]."""
+    with np.errstate(all="ignore"):  # what a broken file holds may be any number
+        lengths = np.linalg.norm(vectors, axis=1)
+        # Half precision leaves a length within this of 1; NaN is not within it.
+        return np.flatnonzero(~(np.abs(lengths - 1) < 0.01))
+
+
 def check_fit(corpus: Corpus, index: VectorIndex, encoder_dim: int) -> None:
     """Raises DatasetError unless index row i can be corpus row i, embedded by this encoder."""
     if len(corpus) != len(index):
@@ -248,11 +256,11 @@ def _prefix_within(ranking: Ranking, reached: IntArray) -> Ranking:
 
 def _check_unit_length(vectors: FloatArray) -> None:
     rows = np.linspace(0, len(vectors) - 1, min(PROBED_ROWS, len(vectors)), dtype=np.int64)
-    norms = np.linalg.norm(vectors[rows], axis=1)
-    wrong = np.flatnonzero(~(np.abs(norms - 1) < 0.01))
+    wrong = rows[not_unit(vectors[rows])]
     if len(wrong):
+        length = np.linalg.norm(vectors[wrong[0]])
         raise DatasetError(
-            f"the vector of row {rows[wrong[0]]} has length {norms[wrong[0]]:.3g}; expected unit vectors, "
+            f"the vector of row {wrong[0]} has length {length:.3g}; expected unit vectors, "
             "because scores are inner products"
         )
 

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
@@ -21,7 +21,16 @@ from ray_app.retrieval.build import CORPUS, VECTORS, read_manifest
 from ray_app.retrieval.corpus import Corpus, IntArray
 from ray_app.retrieval.encoder import Encoder, FloatArray
 from ray_app.retrieval.gpu import DeviceIndex
-from ray_app.retrieval.index import EXACT, MIN_SCORE, Ranking, ScopeMap, UnknownScope, VectorIndex, check_fit
+from ray_app.retrieval.index import (
+    EXACT,
+    MIN_SCORE,
+    Ranking,
+    ScopeMap,
+    UnknownScope,
+    VectorIndex,
+    check_fit,
+    not_unit,
+)
 
 DEFAULT_TOP_K = 5
 MAX_TOP_K = 1000
@@ -32,14 +41,6 @@ DEFAULT_LIMITS = Limits()
 
 class BadQuery(ToolError):
     """A query that no corpus could answer: empty, too long, or asking for too many documents."""
-
-
-class Retriever(Protocol):
-    """Finds documents for a query, best first, within one question's scope (None: everywhere)."""
-
-    async def retrieve(self, query: str, scope_id: str | None, top_k: int) -> list[Hit]:
-        """Raises BadQuery, UnknownScope, or RetrieverError where asking again can help."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Searcher:
 
 
 class LocalRetriever:
-    """A Retriever in this process: a searcher, an encoder and the batching between them."""
+    """The retriever in this process: a searcher, an encoder and the batching between them."""
 
     def __init__(
         self,
@@ -163,7 +164,7 @@ class LocalRetriever:
         return self.batcher.is_alive
 
     async def retrieve(self, query: str, scope_id: str | None, top_k: int) -> list[Hit]:
-        """See Retriever."""
+        """Hits of the local index, best first. Raises BadQuery, UnknownScope, RetrieverError."""
         return await self.submit(Query(query, scope_id, top_k))
 
     def submit(self, query: Query) -> asyncio.Future[list[Hit]]:
@@ -213,10 +214,10 @@ def open_searcher(
 
 
 def _check_lengths(vectors: FloatArray) -> None:
-    lengths = np.linalg.norm(vectors, axis=1)
-    if not (np.abs(lengths - 1) < 0.01).all():  # NaN is not either
+    wrong = not_unit(vectors)
+    if len(wrong):
         raise RetrieverError(
-            f"the encoder gave a vector of length {lengths[np.argmax(np.abs(lengths - 1))]:g} for a query, "
+            f"the encoder gave a vector of length {np.linalg.norm(vectors[wrong[0]]):g} for a query, "
             "which is near nothing; use bfloat16 or float32 where float16 overflows"
         )
 

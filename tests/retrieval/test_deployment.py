@@ -87,7 +87,12 @@ async def test_the_handle_finds_what_http_finds(running: Running) -> None:
     body = {"queries": ["the old railway"], "topk": 7, "return_scores": True, "eid": "even"}
     async with httpx.AsyncClient(base_url=running.url) as http:
         [by_http] = (await http.post("/retrieve", json=body)).json()
-    by_handle = (await running.client.retrieve("the old railway", "even", 7)).hits
+    from ray import serve
+
+    found = await running.client.retrieve("the old railway", "even", 7)
+    handle = serve.get_app_handle(APP)
+    assert await handle.retrieve.remote("the old railway", scope_id="even", top_k=7) == found
+    by_handle = found.hits
     assert [hit.document_id for hit in by_handle] == [hit["document"]["id"] for hit in by_http]
     assert [hit.text for hit in by_handle] == [hit["document"]["content"] for hit in by_http]
     assert (await running.client.info())["digest"] == "digest-of-the-service"
