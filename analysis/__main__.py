@@ -17,8 +17,9 @@ from analysis.metrics import describe_metrics
 from analysis.queries import open_run, tool_table, usage_table
 from analysis.report import analyse
 from analysis.status import page, status_of
+from analysis.story import story_of
+from analysis.story_page import story_lines
 from analysis.summary import summarise
-from analysis.trace import trace
 from ray_app.errors import EvalError, UserError
 from ray_app.object_store import local
 
@@ -89,7 +90,7 @@ def show(run: Run, task: Annotated[str, typer.Argument(help="Task id.", metavar=
     """One task, turn by turn, with what every call gave."""
     with _one_line_errors():
         console = Console(soft_wrap=True)
-        for line in trace(local(run), task):
+        for line in story_lines(story_of(local(run), task)):
             console.print(line)
 
 
