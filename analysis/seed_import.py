@@ -1,28 +1,20 @@
-"""Runs of earlier systems (text logs, `{id}.json` results) as run directories of this one.
+"""Runs of earlier systems (text logs, `{id}.json` results) as run directories of this one, for every command.
 
-Times come from the logs, outcomes from the results; a log's run segments become epochs. What such a run
-did not write down stays empty here: tokens and costs of experts, retries, whether a program failed. Where
-its figures mean something else than ours they are translated: `duration_ms` of an answer is the expert's
-call alone, its total holds the judge's, who is no part of a tool call here.
+Times come from the logs, outcomes from the results. Tasks are known by their ids: where a result says how
+the question was put, its key is the one that a run of that question without images or scope would have.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from analysis.seed_log import GLOBAL, Reading, SeedLine, read_logs
-from analysis.seed_results import Results, SeedResult, read_results
+from analysis.seed_events import Converter
+from analysis.seed_log import read_logs
+from analysis.seed_results import Results, read_results
 from ray_app import rundir
 from ray_app.errors import RunDirError
 from ray_app.event_writer import EventWriter
-from ray_app.records import Event, Task
-
-PROTOCOL = "toolorchestra"
-_VLLM = "toolorchestra_vllm_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +62,7 @@ def import_run(logs: Path, results: Path | None, run_dir: Path, pattern: str = "
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         log = EventWriter(run_dir, "import", flush_rows=50_000, flush_s=3600.0)
-        converter = _Converter(run_dir.name, found, log)
+        converter = Converter(run_dir.name, found, log)
         count = converter.write(reading)
         log.close()
         summary = Imported(
@@ -91,254 +83,3 @@ def import_run(logs: Path, results: Path | None, run_dir: Path, pattern: str = "
     except OSError as error:
         raise rundir.unusable(run_dir, error) from None
     return summary
-
-
-@dataclass
-class _Place:
-    """Where a task is within a segment: its turn, its judge calls that no answer has claimed yet."""
-
-    started: float
-    ended: float
-    turn: int = -1
-    turn_started: float = 0.0
-    has_tool: bool = True
-    evaluators: int = 0
-
-
-@dataclass
-class _Converter:
-    run_id: str
-    found: Results
-    log: EventWriter
-    tasks: dict[str, Task] = field(default_factory=dict)
-    nameless: int = 0
-    _epoch: int = 1
-    _places: dict[str, _Place] = field(default_factory=dict)
-    _spent_s: dict[str, float] = field(default_factory=dict)
-    _last: dict[str, tuple[float, int]] = field(default_factory=dict)
-
-    def write(self, reading: Reading) -> int:
-        """All events, in order; how many."""
-        count = 0
-        ids = {line.task for segment in reading.segments for line in segment if line.task}
-        planned = len(ids | set(self.found.by_id))
-        for self._epoch, segment in enumerate(reading.segments, 1):
-            self._places = {}
-            count += self._put(self._start(segment, planned, reading.files))
-            for line in segment:
-                for row in self._rows(line):
-                    count += self._put(row)
-            for row in self._end_of_segment():
-                count += self._put(row)
-        self._epoch = max(self._epoch, 1)
-        for result in self.found.by_id.values():
-            count += self._put(self._result(result))
-        return count
-
-    def _put(self, row: Event) -> int:
-        self.log.append(row)
-        return 1
-
-    def _start(self, segment: list[SeedLine], planned: int, files: list[str]) -> Event:
-        first = segment[0]
-        judges = {line.text("model") for line in segment if line.kind == "evaluator"}
-        facts = {
-            "planned": planned,
-            "benchmark": "hle",
-            "protocol": PROTOCOL,
-            "orchestrator": first.text("model_name"),
-            "judge_model": ", ".join(sorted(judges)),
-            "concurrency": first.count("concurrency"),
-            "imported": ", ".join(files),
-        }
-        known = {name: value for name, value in facts.items() if value not in (None, "")}
-        return self._base("run_start", first.at, detail=json.dumps(known))
-
-    def _base(self, kind: Any, t_start: float, **columns: Any) -> Event:
-        return Event(kind, t_start, run_id=self.run_id, epoch=self._epoch, **columns)
-
-    def _rows(self, line: SeedLine) -> Iterator[Event]:
-        if line.kind == "run_start":
-            return
-        task_id = line.task or self.found.id_of_eid.get(line.eid, "")
-        if not task_id or task_id == GLOBAL:
-            self.nameless += 1
-            return
-        span = line.seconds("duration_total_ms") or line.seconds("duration_ms") or 0.0
-        place = self._places.get(task_id)
-        if place is None:
-            place = self._places[task_id] = _Place(line.at - span, line.at)
-            yield self._of_task(task_id, "attempt", place.started)
-        place.ended = max(place.ended, line.at)
-        readers = {"llm_call": self._llm_call, "tool_call": self._tool_call, "evaluator": self._evaluator}
-        if line.kind in readers:
-            yield from readers[line.kind](task_id, place, line)
-
-    def _of_task(self, task_id: str, kind: Any, t_start: float, **columns: Any) -> Event:
-        task = self._task(task_id)
-        keys = {"rollout_key": task.rollout_key, "judge_key": task.judge_key, "task_id": task_id}
-        return self._base(kind, t_start, attempt=self._epoch, **{**keys, **columns})
-
-    def _task(self, task_id: str) -> Task:
-        """The task with its keys; without a result its question is not known, and its id stands for it."""
-        if task_id not in self.tasks:
-            result = self.found.by_id.get(task_id)
-            question, answer = (result.question, result.reference) if result else ("", "")
-            self.tasks[task_id] = Task(task_id, question, answer)
-        return self.tasks[task_id]
-
-    def _llm_call(self, task_id: str, place: _Place, line: SeedLine) -> Iterator[Event]:
-        yield from self._end_of_turn(task_id, place)
-        duration_s = line.seconds("duration_ms") or 0.0
-        place.turn = place.turn + 1 if line.step is None else line.step
-        place.turn_started, place.has_tool = line.at - duration_s, False
-        has_failed = bool(line.text("error"))
-        yield self._of_task(
-            task_id,
-            "model_call",
-            line.at - duration_s,
-            duration_s=duration_s,
-            turn=place.turn,
-            role="orchestrator",
-            model=line.text("model"),
-            endpoint=line.text("backend"),
-            status="error" if has_failed else "ok",
-            error_kind="model" if has_failed else None,
-            error=line.text("error"),
-            prefill_s=line.seconds(f"{_VLLM}prefill_ms"),
-            decode_s=line.seconds(f"{_VLLM}decode_ms"),
-            prompt_tokens=line.count(f"{_VLLM}prefill_len"),
-            completion_tokens=line.count(f"{_VLLM}decode_len"),
-        )
-
-    def _evaluator(self, task_id: str, place: _Place, line: SeedLine) -> Iterator[Event]:
-        place.evaluators += 1
-        yield self._call(
-            task_id,
-            place,
-            line.at,
-            line.seconds("duration_ms") or 0.0,
-            role="judge",
-            model=line.text("model"),
-        )
-
-    def _call(self, task_id: str, place: _Place, ended: float, duration_s: float, **columns: Any) -> Event:
-        """A call inside a turn; a model's unless `kind` says otherwise."""
-        kind = columns.pop("kind", "model_call")
-        return self._of_task(
-            task_id, kind, ended - duration_s, duration_s=duration_s, **{"turn": place.turn, **columns}
-        )
-
-    def _tool_call(self, task_id: str, place: _Place, line: SeedLine) -> Iterator[Event]:
-        tool, model = line.text("tool"), line.text("model")
-        if line.step is not None:
-            place.turn = line.step
-        place.has_tool = True
-        whole = {"kind": "tool_call", "tool": tool, "model": model}
-        duration_s = line.seconds("duration_ms") or 0.0
-        if tool == "answer":
-            yield from self._answer(task_id, place, line, whole)
-            return
-        parts = {"search": self._search_parts, "enhance_reasoning": self._code_parts}
-        if tool in parts:
-            yield from parts[tool](task_id, place, line)
-        hits = {
-            "search_backend": line.text("search_backend"),
-            "local_hits": line.count("search_local_hits"),
-            "web_hits": line.count("search_tavily_hits"),
-        }
-        yield self._call(task_id, place, line.at, duration_s, **whole, **hits)
-
-    def _search_parts(self, task_id: str, place: _Place, line: SeedLine) -> Iterator[Event]:
-        query_s, retrieval_s = line.seconds("query_llm_ms"), line.seconds("retrieval_ms")
-        of_tool = {"tool": "search", "model": line.text("model")}
-        if query_s is not None:
-            yield self._call(
-                task_id, place, line.at - (retrieval_s or 0.0), query_s, role="expert", **of_tool
-            )
-        if retrieval_s is not None:
-            yield self._call(
-                task_id,
-                place,
-                line.at,
-                retrieval_s,
-                kind="retrieval",
-                tool="search",
-                retries=line.count("retrieval_retries") or 0,
-                search_backend=line.text("search_backend"),
-                local_hits=line.count("search_local_hits"),
-                web_hits=line.count("search_tavily_hits"),
-            )
-
-    def _code_parts(self, task_id: str, place: _Place, line: SeedLine) -> Iterator[Event]:
-        llm_s, exec_s = line.seconds("llm_ms"), line.seconds("exec_ms")
-        of_tool = {"tool": "enhance_reasoning", "model": line.text("model")}
-        if llm_s is not None:
-            yield self._call(task_id, place, line.at - (exec_s or 0.0), llm_s, role="expert", **of_tool)
-        if exec_s is not None:
-            yield self._call(task_id, place, line.at, exec_s, kind="code", tool="enhance_reasoning")
-
-    def _answer(
-        self, task_id: str, place: _Place, line: SeedLine, whole: Mapping[str, Any]
-    ) -> Iterator[Event]:
-        """The expert's call, the tool's without the judge, and the judge's where no line of its own told it."""
-        expert_s, total_s = line.seconds("duration_ms") or 0.0, line.seconds("duration_total_ms")
-        judge_s = line.seconds("judge_ms")
-        if total_s is None:
-            error = "it failed before its expert had answered: only a total was logged"
-            failed = {"status": "error", "error_kind": "infrastructure", "error": error}
-            yield self._call(task_id, place, line.at, expert_s, **whole, **failed)
-            return
-        tool_s = max(expert_s, total_s - (judge_s or 0.0))
-        began = line.at - max(total_s, tool_s)
-        of_tool = {"tool": "answer", "model": line.text("model")}
-        yield self._call(task_id, place, began + expert_s, expert_s, role="expert", **of_tool)
-        if judge_s is not None and not place.evaluators:
-            yield self._call(task_id, place, line.at, judge_s, role="judge")
-        place.evaluators = 0
-        yield self._call(task_id, place, began + tool_s, tool_s, **whole)
-
-    def _end_of_turn(self, task_id: str, place: _Place) -> Iterator[Event]:
-        if place.turn < 0 or place.turn_started == 0.0:
-            return
-        ended = {"duration_s": max(0.0, place.ended - place.turn_started), "turn": place.turn}
-        if place.has_tool:
-            yield self._of_task(task_id, "turn", place.turn_started, **ended)
-        else:
-            error = "no tool call that could be run"
-            yield self._of_task(task_id, "turn", place.turn_started, **ended, status="invalid", error=error)
-        place.turn_started = 0.0
-
-    def _end_of_segment(self) -> Iterator[Event]:
-        for task_id, place in self._places.items():
-            # Without a result the last turn may have been cut short, and was not invalid.
-            if place.has_tool or task_id in self.found.by_id:
-                yield from self._end_of_turn(task_id, place)
-            spent = self._spent_s.get(task_id, 0.0)
-            self._spent_s[task_id] = spent + place.ended - place.started
-            self._last[task_id] = (place.ended, self._epoch)
-
-    def _result(self, result: SeedResult) -> Event:
-        at, epoch = self._last.get(result.task_id, (result.written, self._epoch))
-        body = {
-            "prediction": result.prediction or "",
-            "verdict": None
-            if result.is_correct is None
-            else {"is_correct": result.is_correct, "method": result.method, "extracted": result.prediction},
-        }
-        is_failed = result.outcome == "failed"
-        row = self._of_task(
-            result.task_id,
-            "result",
-            at,
-            duration_s=self._spent_s.get(result.task_id, 0.0),
-            turn=result.turns,
-            outcome=result.outcome,
-            status="error" if is_failed else "ok",
-            error_kind="infrastructure" if is_failed else "limit" if result.outcome == "limited" else None,
-            error=result.error,
-            is_correct=result.is_correct,
-            verdict_method=result.method,
-            payload_hash=self.log.payload(json.dumps(body, ensure_ascii=False)),
-        )
-        return replace(row, epoch=epoch, attempt=epoch)

@@ -1,9 +1,9 @@
 """Lines of the text logs of earlier systems (`hle.log`), as values.
 
-A line is `[LEVEL] YYYY-MM-DD HH:MM:SS.mmm task=ID thread=N type=EVENT [step=N] [eid=N] name=value ...`, in local
-time, written when the thing that it tells of had ended. Nothing is quoted or escaped, so a value goes on
-to the next name that such logs use. What is torn is counted and left out: a line cut by another one, a last
-line without its end. Not covered: two processes that wrote one file at once.
+A line is `[LEVEL] YYYY-MM-DD HH:MM:SS.mmm task=ID thread=N type=EVENT [step=N] [eid=N] name=value ...`, in
+local time, written when the thing that it tells of had ended. Nothing is quoted or escaped, so a value goes
+on to the next name that such logs use. What is torn is counted and left out: a line cut by another one, a
+last line without its end. Not covered: two processes that wrote one file at once.
 """
 
 from __future__ import annotations
@@ -82,24 +82,31 @@ def read_logs(place: Path, pattern: str = "hle*.log") -> Reading:
     if not files or not place.exists():
         raise RunDirError(f"no log at {place}: expected a log file, or a folder with {pattern}")
     found = Reading(files=[path.name for path in files])
-    known = set[str]()
+    known = None if len(files) == 1 else set[int]()
     for path in files:
         try:
-            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+            with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+                found.segments += _segments(_fresh(file, known, found), found)
         except OSError as error:
             raise RunDirError(f"{path}: {error.strerror}; expected a readable log") from None
-        found.segments += _segments(_fresh(lines, known, found), found)
     found.segments.sort(key=lambda segment: segment[0].at)
     return found
 
 
-def _fresh(lines: list[str], known: set[str], found: Reading) -> Iterator[str]:
-    """The complete lines of a file that no file before it has."""
-    found.torn += bool(lines.pop())  # what stands behind the last line's end
-    fresh = [line for line in lines if line not in known]
-    found.doubles += len(lines) - len(fresh)
-    known.update(fresh)
-    yield from fresh
+def _fresh(lines: Iterable[str], known: set[int] | None, found: Reading) -> Iterator[str]:
+    """The complete lines of a file that no file before it has; `known` (by hash) grows by them."""
+    own = set[int]()
+    for line in lines:
+        if not line.endswith("\n"):
+            found.torn += 1
+        elif known is not None and hash(line) in known:
+            found.doubles += 1
+        else:
+            if known is not None:
+                own.add(hash(line))
+            yield line[:-1]
+    if known is not None:
+        known |= own
 
 
 def _segments(lines: Iterable[str], found: Reading) -> list[list[SeedLine]]:

@@ -7,7 +7,7 @@ them, since they follow from what the calls before gave.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +20,8 @@ from ray_app import events, extract, journal
 from ray_app.errors import UserError
 
 SHOWN_CANDIDATES = 5
-READ = ("query", "program", "answer")  # what tools read from the reply of an expert
+# What a tool reads from the reply of its expert.
+READ = {"search": "query", "enhance_reasoning": "program", "answer": "answer"}
 _TIMES = ("queue_s", "prefill_s", "decode_s")
 _COUNTS = ("prompt_tokens", "cached_tokens", "completion_tokens", "cost_usd", "local_hits", "web_hits")
 _ENDS = ("exit_status", "outcome", "is_correct", "verdict_method", "confidence", "search_backend", "detail")
@@ -112,7 +113,7 @@ def story_of(run_dir: Path, asked: str, trial: int | None = None) -> Story:
     first = rows[0]
     attempts = groupby(rows, key=lambda row: (row["trial"], row["epoch"], row["attempt"]))
     return Story(
-        *(first[name] or "" for name in ("task_id", "rollout_key", "category", "answer_type")),
+        **{name: first[name] or "" for name in ("task_id", "rollout_key", "category", "answer_type")},
         attempts=tuple(_attempt(list(group), bodies) for _, group in attempts),
     )
 
@@ -161,7 +162,9 @@ def _attempt(rows: Sequence[Mapping[str, Any]], bodies: Mapping[str, str]) -> At
     # The result is the end of the story, though it stands in no turn of it.
     turns = groupby(rows, key=lambda row: -1 if row["kind"] == "result" else row["turn"])
     return Attempt(
-        *(first[name] for name in ("trial", "epoch", "attempt")),
+        trial=first["trial"],
+        epoch=first["epoch"],
+        attempt=first["attempt"],
         worker=first["worker"] or "",
         t_start=start,
         turns=tuple(
@@ -196,19 +199,24 @@ def _pieces(row: Mapping[str, Any], bodies: Mapping[str, str]) -> list[Piece]:
         return [Piece("payload", body)]
 
 
+def _nothing(text: str) -> str:
+    return ""
+
+
+_READERS: dict[str, Callable[[str], str | None]] = {
+    "search": lambda text: extract.tagged(text, "query"),
+    "enhance_reasoning": extract.program,
+    "answer": extract.answer,
+}
+
+
 def _of_reply(value: Any, row: Mapping[str, Any], bodies: Mapping[str, str]) -> list[Piece]:
     content = str(value["content"])
     pieces = [Piece("reply", content)] if content.strip() else []
     pieces += [Piece("chose", f"{call['name']} {call['arguments']}") for call in value.get("tool_calls", ())]
     if row["role"] == "expert":
-        readers = {
-            "search": ("query", lambda text: extract.tagged(text, "query")),
-            "enhance_reasoning": ("program", extract.program),
-            "answer": ("answer", extract.answer),
-        }
-        name, read = readers.get(row["tool"], ("", None))
-        if read is not None and (text := read(content)):
-            pieces.append(Piece(name, text))
+        if text := _READERS.get(row["tool"], _nothing)(content):
+            pieces.append(Piece(READ[row["tool"]], text))
     return pieces
 
 

@@ -134,7 +134,7 @@ def _step_texts(step: Step, whole: bool) -> Iterator[Text]:
 
 def _told_once(pieces: tuple[Piece, ...]) -> list[Piece]:
     """Without a reply that is hardly more than the part that was read from it."""
-    read = max((len(piece.text) for piece in pieces if piece.name in READ), default=-_LITTLE_CHARS)
+    read = max((len(piece.text) for piece in pieces if piece.name in READ.values()), default=-_LITTLE_CHARS)
     return [piece for piece in pieces if piece.name != "reply" or len(piece.text) - read > _LITTLE_CHARS]
 
 

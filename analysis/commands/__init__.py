@@ -13,4 +13,5 @@ COMMANDS = {
     "show": "analysis.commands.show",
     "status": "analysis.commands.status",
     "plots": "analysis.commands.plots",
+    "import-seed": "analysis.commands.import_seed",
 }

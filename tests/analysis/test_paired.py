@@ -41,7 +41,7 @@ def test_with_one_trial_the_test_is_the_exact_mcnemar_test(better: int, worse: i
 def test_with_several_trials_it_counts_every_choice_of_signs(values: list[str]) -> None:
     parts = [Fraction(value) for value in values]
     sums = [
-        abs(sum(sign * part for sign, part in zip(signs, parts, strict=True)))
+        abs(sum((sign * part for sign, part in zip(signs, parts, strict=True)), Fraction(0)))
         for signs in product((1, -1), repeat=len(parts))
     ]
     expected = sum(value >= abs(sum(parts)) for value in sums) / len(sums)
@@ -89,7 +89,7 @@ def test_what_is_detectable_has_the_power_that_was_asked_for(n: int, discordance
 
     expected = optimize.brentq(missing_power, 1e-6, math.sqrt(discordance) - 1e-9, xtol=1e-14)
     assert detectable_difference(n, discordance) == pytest.approx(expected, abs=1e-9)
-    assert detectable_difference(4 * n, discordance) < expected  # type: ignore[operator]
+    assert detectable_difference(4 * n, discordance) < expected
 
 
 def test_nothing_is_detectable_where_too_little_differs() -> None:
@@ -119,7 +119,8 @@ def test_ratios_are_of_logs_task_by_task_and_of_totals() -> None:
     total = ratio_of_totals([*first], [*second])
     residuals = second / second.mean() - first / first.mean()
     half = stats.t.ppf(0.975, 39) * stats.sem(residuals)
-    assert total.ratio == pytest.approx(second.sum() / first.sum(), rel=1e-12) and total.interval is not None
+    assert total.ratio is not None and total.interval is not None
+    assert total.ratio == pytest.approx(second.sum() / first.sum(), rel=1e-12)
     assert total.interval.high == pytest.approx(total.ratio * math.exp(half), rel=1e-9)
     assert total.interval.low == pytest.approx(total.ratio / math.exp(half), rel=1e-9)
 
