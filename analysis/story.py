@@ -214,9 +214,8 @@ def _of_reply(value: Any, row: Mapping[str, Any], bodies: Mapping[str, str]) -> 
     content = str(value["content"])
     pieces = [Piece("reply", content)] if content.strip() else []
     pieces += [Piece("chose", f"{call['name']} {call['arguments']}") for call in value.get("tool_calls", ())]
-    if row["role"] == "expert":
-        if text := _READERS.get(row["tool"], _nothing)(content):
-            pieces.append(Piece(READ[row["tool"]], text))
+    if row["role"] == "expert" and (text := _READERS.get(row["tool"], _nothing)(content)):
+        pieces.append(Piece(READ[row["tool"]], text))
     return pieces
 
 

@@ -44,7 +44,8 @@ def test_with_several_trials_it_counts_every_choice_of_signs(values: list[str]) 
         abs(sum((sign * part for sign, part in zip(signs, parts, strict=True)), Fraction(0)))
         for signs in product((1, -1), repeat=len(parts))
     ]
-    expected = sum(value >= abs(sum(parts)) for value in sums) / len(sums)
+    observed = abs(sum(parts, Fraction(0)))
+    expected = sum(value >= observed for value in sums) / len(sums)
     assert randomisation_p(parts) == pytest.approx(expected, abs=1e-12)
 
 
