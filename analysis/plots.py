@@ -16,7 +16,8 @@ import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from analysis import panels
+from analysis import compare_panels, panels
+from analysis.compare import Comparison
 from analysis.metrics import MetricReport
 from analysis.panels import GREY, INK, MOST_GROUPS, Scale
 from analysis.queries import ToolRow
@@ -91,6 +92,17 @@ def overview_picture(
         panels.draw_times(upper[1, 1], tools)
         panels.draw_histogram(lower[0], left, "log")
         panels.draw_histogram(lower[1], right, "log")
+        return _save(figure, path)
+
+
+def comparison_picture(path: Path, found: Comparison) -> list[Path]:
+    """Two runs: the difference in accuracy by category, and what the second takes of the first."""
+    rows = 1 + min(len(found.by_category), MOST_GROUPS)
+    with _figure(14, 3.4 + 0.3 * rows) as figure:
+        figure.set_layout_engine("constrained", wspace=0.06)
+        left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
+        compare_panels.draw_differences(left, found)
+        compare_panels.draw_ratios(right, found)
         return _save(figure, path)
 
 

@@ -12,6 +12,7 @@ COMMANDS = {
     "usage": "analysis.commands.usage",
     "show": "analysis.commands.show",
     "status": "analysis.commands.status",
+    "compare": "analysis.commands.compare",
     "sql": "analysis.commands.sql",
     "plots": "analysis.commands.plots",
     "import-seed": "analysis.commands.import_seed",
