@@ -9,11 +9,11 @@ call here.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from analysis.seed_log import Reading, SeedLine
+from analysis.seed_log import SeedLine
 from analysis.seed_results import Results, SeedResult
 from ray_app.journal import EventSink
 from ray_app.records import Event, Task
@@ -35,6 +35,16 @@ class _Place:
 
 
 @dataclass
+class _Start:
+    """What the first line of a segment says, and the judges that were at work in it."""
+
+    at: float
+    model: str
+    concurrency: int | None
+    judges: set[str] = field(default_factory=set)
+
+
+@dataclass
 class Converter:
     """Appends the events of a reading to `log`; afterwards `tasks` are those that it knows of."""
 
@@ -43,50 +53,54 @@ class Converter:
     log: EventSink
     tasks: dict[str, Task] = field(default_factory=dict)
     nameless: int = 0
-    _epoch: int = 1
+    events: int = 0
+    segments: int = 0
+    _starts: list[_Start] = field(default_factory=list)
     _places: dict[str, _Place] = field(default_factory=dict)
     _spent_s: dict[str, float] = field(default_factory=dict)
     _last: dict[str, tuple[float, int]] = field(default_factory=dict)
 
-    def write(self, reading: Reading) -> int:
-        """All events, in order; how many."""
-        count = 0
-        ids = {line.task for segment in reading.segments for line in segment if line.task}
-        planned = len(ids | set(self.found.by_id))
-        for self._epoch, segment in enumerate(reading.segments, 1):
-            self._places = {}
-            count += self._put(self._start(segment, planned, reading.files))
-            for line in segment:
-                for row in self._rows(line):
-                    count += self._put(row)
-            for row in self._end_of_segment():
-                count += self._put(row)
-        self._epoch = max(self._epoch, 1)
+    def write(self, lines: Iterable[SeedLine], files: Sequence[str]) -> None:
+        """Everything that `lines` and the results say. A `run_start` begins a segment, and so does the
+        first line where none does."""
+        for line in lines:
+            if line.kind == "run_start" or not self._starts:
+                self._end_segment()
+                model, concurrency = line.text("model_name"), line.count("concurrency")
+                self._starts.append(_Start(line.at, model, concurrency))
+            for row in self._rows(line):
+                self._put(row)
+        self._end_segment()
+        begun = set(self.tasks)
         for result in self.found.by_id.values():
-            count += self._put(self._result(result))
-        if reading.segments and self.found.by_id.keys() >= ids:
-            ended = max(at for at, _ in self._last.values()) if self._last else reading.segments[-1][-1].at
-            count += self._put(self._base("run_end", ended))
-        return count
+            self._put(self._result(result))
+        self.segments = len(self._starts)
+        for epoch, start in enumerate(self._starts, 1):
+            self._put(self._start(epoch, start, files))
+        if self._last and self.found.by_id.keys() >= begun:
+            self._put(self._base("run_end", max(at for at, _ in self._last.values())))
 
-    def _put(self, row: Event) -> int:
+    def _put(self, row: Event) -> None:
         self.log.append(row)
-        return 1
+        self.events += 1
 
-    def _start(self, segment: list[SeedLine], planned: int, files: list[str]) -> Event:
-        first = segment[0]
-        judges = {line.text("model") for line in segment if line.kind == "evaluator"}
+    @property
+    def _epoch(self) -> int:
+        return max(1, len(self._starts))
+
+    def _start(self, epoch: int, start: _Start, files: Sequence[str]) -> Event:
+        """The facts of a segment, known only at its end: its judges, and how many tasks there are at all."""
         facts = {
-            "planned": planned,
+            "planned": len(self.tasks),
             "benchmark": "hle",
             "protocol": PROTOCOL,
-            "orchestrator": first.text("model_name"),
-            "judge_model": ", ".join(sorted(judges)),
-            "concurrency": first.count("concurrency"),
+            "orchestrator": start.model,
+            "judge_model": ", ".join(sorted(start.judges)),
+            "concurrency": start.concurrency,
             "imported": ", ".join(files),
         }
         known = {name: value for name, value in facts.items() if value not in (None, "")}
-        return self._base("run_start", first.at, detail=json.dumps(known))
+        return replace(self._base("run_start", start.at, detail=json.dumps(known)), epoch=epoch)
 
     def _base(self, kind: Any, t_start: float, **columns: Any) -> Event:
         return Event(kind, t_start, run_id=self.run_id, epoch=self._epoch, **columns)
@@ -147,6 +161,7 @@ class Converter:
 
     def _evaluator(self, task_id: str, place: _Place, line: SeedLine) -> Iterator[Event]:
         place.evaluators += 1
+        self._starts[-1].judges.add(line.text("model"))
         yield self._call(
             task_id,
             place,
@@ -243,14 +258,16 @@ class Converter:
             yield self._of_task(task_id, "turn", place.turn_started, **ended, status="invalid", error=error)
         place.turn_started = 0.0
 
-    def _end_of_segment(self) -> Iterator[Event]:
+    def _end_segment(self) -> None:
         for task_id, place in self._places.items():
             # Without a result the last turn may have been cut short, and was not invalid.
             if place.has_tool or task_id in self.found.by_id:
-                yield from self._end_of_turn(task_id, place)
+                for row in self._end_of_turn(task_id, place):
+                    self._put(row)
             spent = self._spent_s.get(task_id, 0.0)
             self._spent_s[task_id] = spent + place.ended - place.started
             self._last[task_id] = (place.ended, self._epoch)
+        self._places = {}
 
     def _result(self, result: SeedResult) -> Event:
         at, epoch = self._last.get(result.task_id, (result.written, self._epoch))

@@ -63,13 +63,14 @@ def import_run(logs: Path, results: Path | None, run_dir: Path, pattern: str = "
         run_dir.mkdir(parents=True, exist_ok=True)
         log = EventWriter(run_dir, "import", flush_rows=50_000, flush_s=3600.0)
         converter = Converter(run_dir.name, found, log)
-        count = converter.write(reading)
+        names = [path.name for path in reading.files]
+        converter.write(reading.lines(), names)
         log.close()
         summary = Imported(
             str(run_dir),
-            len(reading.files),
-            len(reading.segments),
-            count,
+            len(names),
+            converter.segments,
+            converter.events,
             len(converter.tasks),
             len(found.by_id),
             reading.torn,
@@ -79,7 +80,7 @@ def import_run(logs: Path, results: Path | None, run_dir: Path, pattern: str = "
             found.unreadable,
             found.doubles,
         )
-        rundir.write_json(run_dir / "provenance.json", {"imported": summary.line(), "logs": reading.files})
+        rundir.write_json(run_dir / "provenance.json", {"imported": summary.line(), "logs": names})
     except OSError as error:
         raise rundir.unusable(run_dir, error) from None
     return summary

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import TextIO
 
 from ray_app.errors import RunDirError
 
 LEVELS = ("DEBUG", "PROFILE", "USER_JUDGE", "INFO", "WARNING", "ERROR", "CRITICAL")
 _HEAD = re.compile(
-    rf"\[(?:{'|'.join(LEVELS)})\] (\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{{3}}) (?=task=.*? thread=\d+ type=)"
+    rf"\[(?:{'|'.join(LEVELS)})\] (\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{{3}}) (?=task=.*? thread=\S+ type=)"
 )
 _NAMES = (
     *("task", "thread", "type", "step", "eid", "model_name", "concurrency", "model", "backend", "error"),
@@ -63,60 +65,59 @@ class SeedLine:
 
 @dataclass
 class Reading:
-    """The lines of some logs by run segment, oldest segment first, and what could not be used."""
+    """The logs of a run, oldest first, and what of them could not be used; `lines` counts as it goes."""
 
-    segments: list[list[SeedLine]] = field(default_factory=list)
-    files: list[str] = field(default_factory=list)
+    files: list[Path]
     torn: int = 0
     foreign: int = 0
     doubles: int = 0
+    _known: set[int] = field(default_factory=set)
+
+    def lines(self) -> Iterator[SeedLine]:
+        """Every event, file after file. Lines that two files have, as after a copy, come once."""
+        for path in self.files:
+            with _opened(path) as file:
+                for line in self._fresh(file):
+                    yield from parse(line, self)
+
+    def _fresh(self, lines: Iterable[str]) -> Iterator[str]:
+        """The complete lines of a file that no file before it has."""
+        own = set[int]()
+        for line in lines:
+            if not line.endswith("\n"):
+                self.torn += 1
+            elif hash(line) in self._known:
+                self.doubles += 1
+            else:
+                if len(self.files) > 1:
+                    own.add(hash(line))
+                yield line[:-1]
+        self._known |= own
 
 
 def read_logs(place: Path, pattern: str = "hle*.log") -> Reading:
-    """All segments of the log at `place`, or of the logs that match in that folder.
+    """The log at `place`, or those that match in that folder, in the order of their first events.
 
-    A segment begins with its `run_start`; lines before the first one are a segment of their own. Lines that
-    are in two files, as after a copy, count once. Raises RunDirError where there is no log.
+    Raises RunDirError where there is none, or one that does not read.
     """
     files = sorted(place.glob(pattern)) if place.is_dir() else [place]
     if not files or not place.exists():
         raise RunDirError(f"no log at {place}: expected a log file, or a folder with {pattern}")
-    found = Reading(files=[path.name for path in files])
-    known = None if len(files) == 1 else set[int]()
-    for path in files:
-        try:
-            with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-                found.segments += _segments(_fresh(file, known, found), found)
-        except OSError as error:
-            raise RunDirError(f"{path}: {error.strerror}; expected a readable log") from None
-    found.segments.sort(key=lambda segment: segment[0].at)
-    return found
+    return Reading(sorted(files, key=lambda path: (_began(path), path)))
 
 
-def _fresh(lines: Iterable[str], known: set[int] | None, found: Reading) -> Iterator[str]:
-    """The complete lines of a file that no file before it has; `known` (by hash) grows by them."""
-    own = set[int]()
-    for line in lines:
-        if not line.endswith("\n"):
-            found.torn += 1
-        elif known is not None and hash(line) in known:
-            found.doubles += 1
-        else:
-            if known is not None:
-                own.add(hash(line))
-            yield line[:-1]
-    if known is not None:
-        known |= own
+def _began(path: Path) -> float:
+    with _opened(path) as file:
+        return next((event.at for line in file for event in parse(line, Reading([]))), 0.0)
 
 
-def _segments(lines: Iterable[str], found: Reading) -> list[list[SeedLine]]:
-    segments: list[list[SeedLine]] = []
-    for line in lines:
-        for event in parse(line, found):
-            if event.kind == "run_start" or not segments:
-                segments.append([])
-            segments[-1].append(event)
-    return segments
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    try:
+        with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+            yield file
+    except OSError as error:
+        raise RunDirError(f"{path}: {error.strerror}; expected a readable log") from None
 
 
 def parse(line: str, found: Reading) -> list[SeedLine]:

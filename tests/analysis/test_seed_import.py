@@ -193,18 +193,19 @@ def test_a_folder_is_read_in_order_of_time_and_a_copied_line_counts_once(tmp_pat
     (tmp_path / "hle_3.log").write_text(early + early)
     (tmp_path / "other.log").write_text(llm(2, "x"))
     found = read_logs(tmp_path)
-    assert [[event.kind for event in part] for part in found.segments] == [
-        ["run_start", "llm_call"],
-        ["run_start"],
+    assert [event.kind for event in found.lines()] == ["run_start", "llm_call", "run_start"]
+    assert found.doubles == 4 and [path.name for path in found.files] == [
+        "hle_2.log",
+        "hle_3.log",
+        "hle_1.log",
     ]
-    assert found.doubles == 4 and found.files == ["hle_1.log", "hle_2.log", "hle_3.log"]
 
 
 def test_a_cut_line_never_raises() -> None:
     text = line(5, "a b", f"type=tool_call step=0 {SEARCH} search_local_hits=2 search_tavily_hits=5")
-    (whole,) = parse(text, Reading())
+    (whole,) = parse(text, Reading([]))
     assert (whole.task, whole.seconds("duration_ms"), whole.count("search_tavily_hits")) == ("a b", 3.0, 5)
-    read = [event for cut in range(len(text)) for event in parse(text[:cut] + text[cut + 3 :], Reading())]
+    read = [event for cut in range(len(text)) for event in parse(text[:cut] + text[cut + 3 :], Reading([]))]
     assert 50 < len(read) < len(text)
     assert {event.count("search_local_hits") for event in read} <= {None, 2}
 
