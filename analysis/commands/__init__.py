@@ -11,6 +11,7 @@ COMMANDS = {
     "timing": "analysis.commands.timing",
     "usage": "analysis.commands.usage",
     "show": "analysis.commands.show",
+    "watch": "analysis.commands.watch",
     "status": "analysis.commands.status",
     "compare": "analysis.commands.compare",
     "sql": "analysis.commands.sql",
