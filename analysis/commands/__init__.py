@@ -16,5 +16,6 @@ COMMANDS = {
     "compare": "analysis.commands.compare",
     "sql": "analysis.commands.sql",
     "plots": "analysis.commands.plots",
+    "export": "analysis.commands.export",
     "import-seed": "analysis.commands.import_seed",
 }

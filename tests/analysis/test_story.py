@@ -12,9 +12,9 @@ from analysis.story import story_of
 from analysis.story_page import story_lines
 from ray_app.errors import UserError
 from ray_app.event_writer import EventWriter
-from ray_app.journal import CHAT, CODE, RETRIEVAL, Codec
+from ray_app.journal import CHAT, CODE, RETRIEVAL
 from ray_app.records import ChatReply, ExecutionResult, Hit, Retrieval, ToolCall, Usage
-from tests.analysis.runs import event, model_call, result, write_run
+from tests.analysis.runs import Teller, model_call, result, write_run
 
 TASK = "hle/7"
 CHOICE = ChatReply("", (ToolCall("c1", "search", '{"model": "search-1"}'),), model="orch", queue_s=0.25)
@@ -33,14 +33,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("story") / "run"
     log = EventWriter(path, "w")
 
-    def call(codec: Codec[Any], output: Any, at_s: float, **columns: Any) -> None:
-        body = log.payload(codec.encode(output, lambda text: log.payload(text, "text")))
-        told = {**codec.columns(output), "payload_hash": body, **columns}
-        log.append(event(codec.kind, at_s, TASK, **{"category": "Math", "answer_type": "exactMatch", **told}))
-
-    def note(kind: str, at_s: float, **columns: Any) -> None:
-        log.append(event(kind, at_s, TASK, category="Math", answer_type="exactMatch", **columns))
-
+    teller = Teller(log, TASK)
+    call, note = teller.call, teller.note
     note("attempt", 0)
     call(CHAT, CHOICE, 1, turn=0, role="orchestrator", prefill_s=0.5)
     call(CHAT, QUERY, 2, turn=0, role="expert", tool="search", alias="search-1", endpoint="http://e/v1")
