@@ -58,7 +58,9 @@ def read_tasks(run_dir: Path, categories: Collection[str] = (), trials: Collecti
     """The counted results of a run; an empty selection takes all. Raises RunDirError, StorageError."""
     counted = events.results(run_dir).select(_COLUMNS).to_pylist()
     starts = events.read(run_dir, ["epoch", "t_start", "detail"], where={"kind": {"run_start"}}).read_all()
-    newest = max(starts.to_pylist(), key=lambda row: (row["epoch"], row["t_start"]), default={})
+    newest: Mapping[str, Any] = max(
+        starts.to_pylist(), key=lambda row: (row["epoch"], row["t_start"]), default={}
+    )
     kept = [
         row
         for row in counted
