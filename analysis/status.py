@@ -19,7 +19,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from analysis.queries import open_run
+from analysis.log import open_run
 from analysis.summary import RunSummary, summarise
 from analysis.text import DASH, duration, plain
 from ray_app import events, object_store, pulse
