@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from analysis.queries import open_run
+from analysis.log import open_run
 from analysis.seen import LastError, OpenTask, Seen, Spending, look
 from analysis.summary import RunSummary, summarise
 from ray_app import events, object_store, pulse

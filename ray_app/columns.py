@@ -87,10 +87,11 @@ def _read(path: Path, schema: pa.Schema, key: str) -> pa.Table | None:
             batches = [item.batch for item in stream_batches(path)]
             table = pa.Table.from_batches(batches) if batches else schema.empty_table()
         else:
-            words = [field.name for field in schema if pa.types.is_dictionary(field.type)]
-            with pq.ParquetFile(path, read_dictionary=words, pre_buffer=True) as file:
-                known = set(file.schema_arrow.names) | {key}  # without its key it is no file of this log
-                table = file.read([name for name in schema.names if name in known])
+            metadata = pq.read_metadata(path)
+            fields = [field for field in schema if field.name in set(metadata.schema.names)]
+            words = [field.name for field in fields if pa.types.is_dictionary(field.type)]
+            with pq.ParquetFile(path, metadata=metadata, read_dictionary=words, pre_buffer=True) as file:
+                table = file.read([field.name for field in fields])
         if key not in table.schema.names and key in schema.names:
             raise StorageError(f"cannot read {path}: it has no column {key!r}, so it is no file of this log")
         return _conform(table, schema)

@@ -10,6 +10,8 @@ COMMANDS = {
     "summary": "analysis.commands.summary",
     "timing": "analysis.commands.timing",
     "usage": "analysis.commands.usage",
+    "duration": "analysis.commands.duration",
+    "critical-path": "analysis.commands.critical_path",
     "show": "analysis.commands.show",
     "watch": "analysis.commands.watch",
     "status": "analysis.commands.status",

@@ -52,7 +52,7 @@ def command(
         )
 
     def draw(folder: Path) -> list[Path]:
-        from analysis.plots import comparison_picture  # matplotlib takes most of a second
+        from analysis.compare_picture import comparison_picture  # matplotlib takes most of a second
 
         return comparison_picture(folder / "compare", found)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from analysis.log import open_run
 from analysis.numbers import wilson_interval
-from analysis.queries import open_run
 from analysis.summary import RunSummary, summarise
 from ray_app.records import Event
 from tests.analysis.runs import event, model_call, result, run_start, write_run

@@ -1,7 +1,8 @@
-"""Panels of two runs compared: points with their intervals against the line of no difference."""
+"""The picture of two runs compared: points with their intervals against the line of no difference."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
@@ -9,9 +10,24 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 from analysis.compare import Comparison, Group
 from analysis.numbers import Interval
 from analysis.panels import BLUE, GREY, MOST_GROUPS, no_data, titles
+from analysis.plots import figure, save
 from analysis.text import number, percent, plain
 
 _VERDICT_COLOURS = {"better": "#2f7d4f", "worse": "#c4473d", "cannot tell": GREY}
+
+
+def comparison_picture(path: Path, found: Comparison) -> list[Path]:
+    """Two runs: the difference in accuracy by category, and what the second takes of the first.
+
+    Writes `path` plus .png and .svg, and names them.
+    """
+    rows = 1 + min(len(found.by_category), MOST_GROUPS)
+    with figure(14, 3.4 + 0.3 * rows) as canvas:
+        canvas.set_layout_engine("constrained", wspace=0.06)
+        left, right = canvas.subplots(1, 2, width_ratios=(1.5, 1))
+        draw_differences(left, found)
+        draw_ratios(right, found)
+        return save(canvas, path)
 
 
 def draw_differences(axes: Any, found: Comparison) -> None:
