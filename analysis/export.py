@@ -118,10 +118,15 @@ def _said(body: str) -> tuple[str, str]:
 
 def calls_table(run_dir: Path) -> pa.Table:
     """Every call of the run, failed and repeated ones too, in order of time."""
-    table = events.columns(run_dir, _CALL_COLUMNS, plain=_CALL_COLUMNS)
+    table = events.columns(run_dir, _CALL_COLUMNS)
     is_opinion = pc.and_(pc.equal(table["role"], "judge"), pc.not_equal(table["alias"], ""))
-    is_call = pc.is_in(table["kind"], value_set=pa.array(CALLS))
-    return table.filter(pc.and_(is_call, pc.invert(is_opinion))).sort_by("t_start")
+    is_call = pc.is_in(table["kind"].cast(pa.string()), value_set=pa.array(CALLS))
+    calls = table.filter(pc.and_(is_call, pc.invert(is_opinion))).sort_by("t_start")
+    for place, field in enumerate(calls.schema):
+        if pa.types.is_dictionary(field.type):  # without the words of rows that are no calls
+            words = calls.column(place).cast(pa.string()).dictionary_encode()
+            calls = calls.set_column(place, field.name, words)
+    return calls
 
 
 def _as_json(run_dir: Path, folder: Path) -> list[str]:
