@@ -1,26 +1,20 @@
 """What a log tells somebody who watches its run: tasks at work, errors by kind, what is spent, how fast.
 
-One pass over a few columns, quick enough to be asked again every few seconds.
+Quick enough to be asked again every few seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
+import numpy as np
+from numpy.typing import NDArray
 
-from ray_app import events
+from analysis.log import RunLog
 
 RECENT_S = 300.0
 CALLS = ("model_call", "retrieval", "code")
-_COLUMNS = (
-    *("kind", "role", "alias", "epoch", "task_id", "trial", "attempt", "t_start", "duration_s", "status"),
-    *("error_kind", "error", "worker", "is_replayed", "cost_usd"),
-)
+COLUMNS = ("task_id", "attempt", "duration_s", "error_kind", "error", "worker", "cost_usd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,92 +62,58 @@ class Seen:
     spending: Spending
 
 
-def look(run_dir: Path, now: float, recent_s: float = RECENT_S) -> Seen:
-    """The log at this moment. Raises RunDirError, StorageError."""
-    table = events.columns(run_dir, _COLUMNS)
-    is_opinion = pc.and_(pc.equal(table["role"], "judge"), pc.not_equal(table["alias"], ""))
-    table = table.filter(pc.invert(pc.or_(pc.fill_null(table["is_replayed"], False), is_opinion)))
-    return Seen(_open_tasks(table), _last_errors(table), _spending(table, now, recent_s))
+def look(log: RunLog, now: float, recent_s: float = RECENT_S) -> Seen:
+    """What `log`, opened with `COLUMNS`, says at this moment."""
+    return Seen(_open_tasks(log), _last_errors(log), _spending(log, now, recent_s))
 
 
-def _open_tasks(table: pa.Table) -> list[OpenTask]:
-    if not len(table):
+def _open_tasks(log: RunLog) -> list[OpenTask]:
+    if not len(log.epochs):
         return []
-    newest = table.filter(pc.equal(table["epoch"], pc.max(table["epoch"])))
-    ended = {_key(row) for row in _picked(newest, "result")}
+    newest = log.live & (log.ints("epoch") == log.epochs[-1])
+    ended = set(_keys(log, np.flatnonzero(newest & log.kind("result"))))
+    begun = np.flatnonzero(newest & log.kind("attempt"))
+    attempts, starts = log.ints("attempt")[begun].tolist(), log.ints("t_start")[begun].tolist()
     found: dict[tuple[str, int], OpenTask] = {}
-    for row in _picked(newest, "attempt"):
-        if (key := _key(row)) not in ended:
-            known = found.get(key)
-            since, attempt = row["t_start"].timestamp(), row["attempt"]
-            if known is not None:
-                since, attempt = min(since, known.since), max(attempt, known.attempt)
-            found[key] = OpenTask(*key, attempt, since)
+    for key, attempt, start in zip(_keys(log, begun), attempts, starts, strict=True):
+        if key not in ended:
+            known = found.get(key, OpenTask(*key, attempt, start / 1e6))
+            found[key] = OpenTask(*key, max(attempt, known.attempt), min(start / 1e6, known.since))
     return list(found.values())
 
 
-def _key(row: Mapping[str, Any]) -> tuple[str, int]:
-    return row["task_id"], row["trial"]
-
-
-def _picked(table: pa.Table, kind: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = (
-        table.filter(pc.equal(table["kind"], kind))
-        .select(["task_id", "trial", "attempt", "t_start"])
-        .to_pylist()
-    )
-    return rows
-
-
-def _last_errors(table: pa.Table) -> list[LastError]:
-    failed = table.filter(pc.equal(table["status"], "error")).sort_by("t_start")
-    newest = {row["error_kind"] or "unknown": row for row in _one_of_each(failed)}
-    counted = pc.value_counts(failed["error_kind"].cast(pa.string()).combine_chunks()).to_pylist()
-    counts = {item["values"] or "unknown": item["counts"] for item in counted}
-    found = [
-        LastError(
-            name,
-            counts[name],
-            row["t_start"].timestamp(),
-            row["kind"],
-            *(row[column] or "" for column in ("task_id", "worker", "error")),
-        )
-        for name, row in newest.items()
+def _keys(log: RunLog, rows: NDArray[np.int64]) -> list[tuple[str, int]]:
+    tasks, trials = log.words("task_id"), log.ints("trial")[rows].tolist()
+    return [
+        (tasks.names[code], trial) for code, trial in zip(tasks.codes[rows].tolist(), trials, strict=True)
     ]
+
+
+def _last_errors(log: RunLog) -> list[LastError]:
+    rows = np.flatnonzero(log.live & log.words("status").is_in("error"))
+    kinds, starts = log.words("error_kind"), log.ints("t_start")
+    found = []
+    for code in np.unique(kinds.codes[rows]).tolist():
+        own = rows[kinds.codes[rows] == code]
+        newest = own[starts[own].argmax()]
+        words = (log.words(name) for name in ("kind", "task_id", "worker", "error"))
+        texts = [column.names[column.codes[newest]] for column in words]
+        found.append(LastError(kinds.names[code] or "unknown", len(own), float(starts[newest]) / 1e6, *texts))
     return sorted(found, key=lambda error: -error.at)
 
 
-def _one_of_each(failed: pa.Table) -> list[dict[str, Any]]:
-    """The last row of each error kind."""
-    kinds = failed["error_kind"].cast(pa.string())
-    rows: list[dict[str, Any]] = []
-    for kind in pc.unique(kinds).to_pylist():
-        mask = pc.is_null(kinds) if kind is None else pc.equal(kinds, kind)
-        own = failed.filter(mask)
-        rows += own.slice(len(own) - 1).to_pylist()
-    return rows
-
-
-def _spending(table: pa.Table, now: float, recent_s: float) -> Spending:
-    calls = table.filter(pc.is_in(table["kind"].cast(pa.string()), value_set=pa.array(CALLS)))
-    ends = pc.add(pc.divide(calls["t_start"].cast(pa.int64()).cast(pa.float64()), 1e6), calls["duration_s"])
-    recent = calls.filter(pc.greater(ends, now - recent_s))
-    results = table.filter(pc.equal(table["kind"], "result"))
-    late = pc.greater(results["t_start"].cast(pa.int64()), int(1e6 * (now - recent_s)))
+def _spending(log: RunLog, now: float, recent_s: float) -> Spending:
+    calls = log.live & log.kind(*CALLS)
+    failed = calls & log.words("status").is_in("error")
+    starts = log.ints("t_start") / 1e6
+    recent = calls & (starts + np.nan_to_num(log.numbers("duration_s")) > now - recent_s)
+    cost = np.nan_to_num(log.numbers("cost_usd"))
     return Spending(
-        cost_usd=_total(calls["cost_usd"]),
-        errors=_errors(calls),
+        cost_usd=float(cost[calls].sum()),
+        errors=int(failed.sum()),
         over_s=recent_s,
-        recent_cost_usd=_total(recent["cost_usd"]),
-        recent_calls=len(recent),
-        recent_errors=_errors(recent),
-        recent_results=int(_total(late.cast(pa.int64()))),
+        recent_cost_usd=float(cost[recent].sum()),
+        recent_calls=int(recent.sum()),
+        recent_errors=int((failed & recent).sum()),
+        recent_results=int((log.live & log.kind("result") & (starts > now - recent_s)).sum()),
     )
-
-
-def _errors(calls: pa.Table) -> int:
-    return int(_total(pc.equal(calls["status"], "error").cast(pa.int64())))
-
-
-def _total(column: pa.ChunkedArray) -> float:
-    return float(pc.sum(column).as_py() or 0.0)

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from analysis import seen, summary
 from analysis.log import open_run
-from analysis.seen import LastError, OpenTask, Seen, Spending, look
-from analysis.summary import RunSummary, summarise
+from analysis.seen import LastError, OpenTask, Seen, Spending
+from analysis.summary import RunSummary
 from ray_app import events, object_store, pulse
 from ray_app.errors import EvalError, RunDirError
 from ray_app.pulse import Call, Status
@@ -126,7 +127,7 @@ def status_of(
     """The state of the run at this moment. Raises RunDirError where there is no run."""
     _check_run(run_dir)
     now = clock()
-    summary, seen, notes = _read_log(run_dir, now)
+    counted, found, notes = _read_log(run_dir, now)
     driver, epoch = _driver(run_dir, now)
     told = [status for status in pulse.read(run_dir) if status.epoch == epoch]
     workers = [_process(status, now) for status in told if status.name != DRIVER]
@@ -134,7 +135,7 @@ def status_of(
     is_driven = driver is not None and driver.life in ("alive", "silent")
     calls = _calls(waiting, now, stuck_after_s if is_driven else float("inf"))
     figures = next((status.figures for status in told if status.name == DRIVER), {})
-    progress = _progress(summary, figures, now, is_driven=is_driven)
+    progress = _progress(counted, figures, now, is_driven=is_driven)
     problems = _problems(driver, workers if is_driven else [], calls, progress, stuck_after_s)
     return RunStatus(
         run_dir=object_store.place(run_dir),
@@ -145,10 +146,10 @@ def status_of(
         progress=progress,
         in_flight=_groups(waiting, now),
         calls=calls[:SHOWN_CALLS],
-        slow_tasks=_slow_tasks(seen.open_tasks, calls, now)[:SHOWN_TASKS] if seen and is_driven else [],
+        slow_tasks=_slow_tasks(found.open_tasks, calls, now)[:SHOWN_TASKS] if found and is_driven else [],
         workers=workers,
-        spending=seen.spending if seen else None,
-        errors=seen.errors if seen else [],
+        spending=found.spending if found else None,
+        errors=found.errors if found else [],
         notes=notes,
     )
 
@@ -163,7 +164,8 @@ def _read_log(run_dir: Path, now: float) -> tuple[RunSummary | None, Seen | None
     if not events.event_files(run_dir).folder.is_dir():
         return None, None, ["No log yet: no task has been started."]
     try:
-        return summarise(open_run(run_dir)), look(run_dir, now), []
+        log = open_run(run_dir, columns=(*summary.COLUMNS, *seen.COLUMNS))
+        return summary.summarise(log), seen.look(log, now), []
     except EvalError as error:
         return None, None, [f"The log cannot be read: {error}"]
 
@@ -244,12 +246,12 @@ def _groups(waiting: Iterable[Status], now: float) -> list[InFlight]:
 
 
 def _progress(
-    summary: RunSummary | None, figures: Mapping[str, Any], now: float, *, is_driven: bool
+    counted: RunSummary | None, figures: Mapping[str, Any], now: float, *, is_driven: bool
 ) -> Progress:
-    if summary is None or "planned" not in summary.facts:
+    if counted is None or "planned" not in counted.facts:
         counts = {name: figures.get(name) for name in COUNTS}
     else:
-        counts = {name: getattr(summary.accounting, name) for name in COUNTS}
+        counts = {name: getattr(counted.accounting, name) for name in COUNTS}
     told = figures if is_driven else {}  # what a dead driver said of its speed is no news
     commit = told.get("last_commit")
     return Progress(

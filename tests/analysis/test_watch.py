@@ -16,12 +16,17 @@ import pytest
 from typer.testing import CliRunner
 
 from analysis.__main__ import app
-from analysis.seen import OpenTask, look
+from analysis.log import open_run
+from analysis.seen import COLUMNS, OpenTask, Seen, look
 from analysis.status import status_of
 from ray_app import lease
 from ray_app.pulse import Pulse
 from ray_app.records import Event
 from tests.analysis.runs import START_S, event, model_call, result, run_start, write_run
+
+
+def seen(run_dir: Path, rows: list[Event], at_s: float) -> Seen:
+    return look(open_run(write_run(run_dir, rows), columns=COLUMNS), START_S + at_s)
 
 
 def test_a_task_is_open_from_its_first_attempt_of_the_newest_segment_to_its_result(tmp_path: Path) -> None:
@@ -34,7 +39,7 @@ def test_a_task_is_open_from_its_first_attempt_of_the_newest_segment_to_its_resu
         replace(result("done", "ok", True, at_s=130), epoch=2),
         replace(result("open", "owed", at_s=50), epoch=1),
     ]
-    found = look(write_run(tmp_path, rows), START_S + 200)
+    found = seen(tmp_path, rows, 200)
     assert sorted(found.open_tasks, key=lambda task: task.trial) == [
         OpenTask("open", 0, 2, START_S + 100),
         OpenTask("open", 1, 1, START_S + 110),
@@ -53,11 +58,11 @@ def test_what_is_spent_and_how_fast_leaves_out_replays_and_second_opinions(tmp_p
         result("a", "ok", True, at_s=950, cost_usd=1.75),
         result("b", "ok", True, at_s=10),
     ]
-    spending = look(write_run(tmp_path, rows), START_S + 1000).spending
+    spending = seen(tmp_path, rows, 1000).spending
     assert (spending.cost_usd, spending.errors) == (1.75, 1)
     assert (spending.recent_cost_usd, spending.recent_calls, spending.recent_errors) == (0.75, 2, 1)
     assert spending.recent_results == 1
-    empty = look(write_run(tmp_path / "empty", []), START_S)
+    empty = seen(tmp_path / "empty", [], 0)
     assert (empty.open_tasks, empty.errors, empty.spending.cost_usd) == ([], [], 0.0)
 
 
