@@ -12,7 +12,7 @@ What a task scored does not depend on the segment: `results` are the counted res
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from ray_app import events, object_store
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Rows = Mask | Ints  # which rows: a mask over all, or their positions (quicker where they are used again)
 
 # What decides whether a row counts.
 BASE = (
@@ -59,7 +60,9 @@ class Words:
         wanted = [place for place, name in enumerate(self.names) if name in words]
         if len(wanted) == 1:
             return np.asarray(self.codes == wanted[0])
-        return np.isin(self.codes, wanted)
+        is_wanted = np.zeros(len(self.names) + 1, bool)
+        is_wanted[wanted] = True
+        return np.asarray(is_wanted[self.codes])
 
     def used(self, mask: Mask) -> list[str]:
         """The words of the rows in `mask`, the most frequent first."""
@@ -166,9 +169,7 @@ class RunLog:
     @cached_property
     def is_error(self) -> Mask:
         """Calls that ended badly. A program's exit code counts: the sandbox did its part, the program not."""
-        return np.asarray(
-            ~self.words("status").is_in("ok") | (np.nan_to_num(self.numbers("exit_status")) != 0)
-        )
+        return np.asarray(~self.words("status").is_in("ok") | (self.ints("exit_status") != 0))
 
     @cached_property
     def timed(self) -> Mask:
@@ -255,22 +256,21 @@ def sums(codes: NDArray[Any], values: Floats, size: int) -> Floats:
     return np.bincount(codes, np.nan_to_num(values), minlength=size).astype(np.float64, copy=False)
 
 
-def pick(values: Floats, mask: Mask) -> Floats:
-    """The values that are said, of the rows in `mask`."""
-    found = values[mask]
-    return np.asarray(found[~np.isnan(found)])
+def pick(values: Floats, rows: Rows) -> Floats:
+    """The values that are said, of these rows."""
+    return said(values[rows])
 
 
-def names_of(words: Words, codes: Collection[int]) -> list[str]:
-    """The words behind codes."""
-    return [words.names[code] for code in codes]
+def said(values: Floats) -> Floats:
+    """The values that are no NaN."""
+    unsaid = np.isnan(values)
+    return values[~unsaid] if unsaid.any() else values
 
 
-def split(words: Words, values: Floats, mask: Mask) -> dict[str, Floats]:
-    """The values that are said of the rows in `mask`, by word; the most frequent word first."""
-    rows = np.flatnonzero(mask & ~np.isnan(values))
+def split(words: Words, values: Floats, rows: Rows) -> dict[str, Floats]:
+    """The values that are said of these rows, by word; the most frequent word first."""
     codes, taken = words.codes[rows], values[rows]
-    found = [(name, taken[codes == code]) for code, name in enumerate(words.names)]
+    found = [(name, said(taken[codes == code])) for code, name in enumerate(words.names)]
     return dict(
         sorted(((name, own) for name, own in found if len(own)), key=lambda item: (-len(item[1]), item[0]))
     )
