@@ -85,6 +85,10 @@ class RunLog:
     def __len__(self) -> int:
         return len(self._table)
 
+    def select(self, selection: Selection) -> RunLog:
+        """The same snapshot under another selection."""
+        return RunLog(self.run_dir, self._table, selection)
+
     @property
     def name(self) -> str:
         """Where the run is, as its user may type it."""

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -20,7 +21,7 @@ from analysis.timing import GROUPS, PARTS, Components, Timing, TimingRow
 from analysis.usage import OTHER_WORK, ToolRow, Usage
 
 MIN_NAME_WIDTH = 17
-_WIDE = 140
+_UNBOUNDED = 10_000
 _FEW = ("mean", "std", "p50", "p90", "p99", "max")
 _ALL = ("mean", "std", "min", *(f"p{percent}" for percent in PERCENTILES), "max")
 
@@ -32,7 +33,8 @@ class Fitting:
         self._wide, self._narrow = wide, narrow
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self._wide if options.max_width >= _WIDE else self._narrow
+        needed = Measurement.get(console, options.update_width(_UNBOUNDED), self._wide).maximum
+        yield self._wide if needed <= options.max_width else self._narrow
 
 
 def summary_page(run: RunSummary) -> RenderableType:
@@ -203,7 +205,7 @@ def _timed(title: str, rows: Sequence[TimingRow], columns: Sequence[str]) -> Tab
     more = ["errors", "<5 s"] if has_times else []
     table = table_of(f"{title} ({'seconds' if has_times else 'tokens'})", ["name"], ["n", *columns, *more])
     for row in rows:
-        values = [number(getattr(row.stats, column)) for column in columns]
+        values = [_seconds(getattr(row.stats, column)) for column in columns]
         rest = [number(row.errors), percent(row.stats.share_under_5s)] if has_times else []
         add_row(table, [row.name, number(row.stats.n), *values, *rest])
     return table
@@ -213,9 +215,14 @@ def _components(rows: Sequence[Components]) -> Table:
     used = [part for part in PARTS if any(part in row.parts for row in rows)]
     table = table_of("Where a mean call goes (seconds)", ["call"], ["n", "mean", *used])
     for row in rows:
-        parts = [number(row.parts[part]) if part in row.parts else DASH for part in used]
-        add_row(table, [row.name, number(row.calls), number(row.mean_s), *parts])
+        parts = [_seconds(row.parts.get(part)) for part in used]
+        add_row(table, [row.name, number(row.calls), _seconds(row.mean_s), *parts])
     return table
+
+
+def _seconds(value: float | None) -> str:
+    """Seconds to a tenth of a millisecond: a table of many columns has no room for more."""
+    return number(None if value is None else round(value, 4))
 
 
 def table_of(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
