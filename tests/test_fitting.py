@@ -185,7 +185,7 @@ async def test_a_prompt_that_the_endpoint_calls_too_long_is_shortened_recorded_a
     async with answering(Endpoint(3000, says_numbers)) as endpoint:
         settings = model(20000, endpoints=[{"base_url": endpoint.url}])
         client, log = Router({"m": settings}, {}), MemoryLog()
-        caller, alias = Caller(client, {"m": settings}), Alias(model="m", sampling={"max_tokens": 500})  # type: ignore[arg-type]
+        caller, alias = Caller(client, {"m": settings}), Alias(model="m", sampling={"max_tokens": 500})
         own = journal(TASK, log)
         reply = await caller.ask_expert(own, alias, TASK, gathered(), write)
         prompt = endpoint.accepted[0]["messages"][0]["content"]
