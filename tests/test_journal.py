@@ -16,11 +16,11 @@ from ray_app.chat import ChatRequest, Router
 from ray_app.engine import result_event
 from ray_app.errors import LimitReached, Refusal
 from ray_app.hle import make_solver, sandbox_of
-from ray_app.journal import RETRIEVAL, Journal, Record
+from ray_app.journal import CHAT, RETRIEVAL, Journal, Record
 from ray_app.options import Options
 from ray_app.planning import WorkItem
 from ray_app.prompting import load_prompts
-from ray_app.records import ChatReply, Event, Hit, Retrieval, Task
+from ray_app.records import ChatReply, Event, Hit, Retrieval, Task, Usage
 from ray_app.sandbox import available_isolation
 from ray_app.worker import unfinished
 from tests.event_logs import make_writer, read_rows
@@ -182,3 +182,22 @@ async def test_events_task_and_run_cost_the_same_to_the_cent_through_failures_an
     )
     assert {(row.kind, row.calls) for row in run.spending} == {("models", 9), ("web", 1), ("code", 1)}
     assert run.task_cost.most_task == "q1" and run.task_cost.mean_usd == pytest.approx(paid)
+
+
+async def test_what_a_failed_call_took_is_known_to_the_next_command(tmp_path: Path) -> None:
+    refusal = Refusal("stopped by a filter")
+    refusal.reply = ChatReply("half", usage=Usage(100, 10), cost_usd=0.5)
+
+    async def perform() -> ChatReply:
+        raise refusal
+
+    writer = make_writer(tmp_path)
+    own = Journal(TASK, writer, Event("attempt", 0.0, task_id="q1", rollout_key=TASK.rollout_key))
+    with pytest.raises(Refusal):
+        await own.call(CHAT, {"model": "m"}, perform)
+    writer.close()
+    key = (TASK.rollout_key, 0)
+    assert recorded.touched(tmp_path) == {key}
+    assert recorded.records(tmp_path, {key})[key] == Record(paid_usd=0.5)
+    [row] = read_rows(tmp_path, "status", "completion_tokens", "cost_usd")
+    assert row == {"status": "error", "completion_tokens": 10, "cost_usd": 0.5}
