@@ -113,9 +113,9 @@ class Alias(Section):
     sampling: Sampling = Sampling()
     budget: ContextBudget = ContextBudget()
 
-    def told(self, models: Mapping[str, ModelConfig]) -> Price | None:
+    def told(self, model: ModelConfig) -> Price | None:
         """The price that stands in the orchestrator's prompt; None: nothing of it does."""
-        return self.told_price or models[self.model].price
+        return self.told_price or model.price
 
 
 class OrchestratorSampling(Sampling):
@@ -276,7 +276,7 @@ class RunConfig(Section):
         """Aliases with the price that each is told at: part of the orchestrator's prompt."""
         told = {}
         for name, alias in aliases.items():
-            price = alias.told(self.models)
+            price = alias.told(self.models[alias.model])
             shown = None if price is None else {"input": price.input, "output": price.output}
             told[name] = alias.model_dump(mode="json") | {"told_price": shown}
         return told

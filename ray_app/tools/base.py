@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from ray_app import fitting
 from ray_app.chat import ChatClient, ChatRequest
-from ray_app.config import Alias, ModelConfig, Price, Sampling, ToolName
+from ray_app.config import Alias, ModelConfig, Sampling, ToolName
 from ray_app.errors import ContextOverflow
 from ray_app.fitting import Fit
 from ray_app.journal import CHAT, Journal
@@ -203,7 +203,7 @@ class Caller:
 
 def schema(tool: Tool, models: Mapping[str, ModelConfig]) -> dict[str, Any]:
     """The function tool that the orchestrator sees: one required argument, an alias from the enum."""
-    lines = [_describe(name, alias, alias.told(models)) for name, alias in tool.aliases.items()]
+    lines = [describe(name, alias, models[alias.model]) for name, alias in tool.aliases.items()]
     parameter = {
         "type": "string",
         "enum": list(tool.aliases),
@@ -224,7 +224,9 @@ def schema(tool: Tool, models: Mapping[str, ModelConfig]) -> dict[str, Any]:
     }
 
 
-def _describe(name: str, alias: Alias, price: Price | None) -> str:
+def describe(name: str, alias: Alias, model: ModelConfig) -> str:
+    """An alias as the orchestrator is told of it: what it is good at, its price, its usual latency."""
+    price = alias.told(model)
     cost = f"${price.input:g} in, ${price.output:g} out per million tokens" if price else ""
     latency = f"about {alias.latency_s:g} s" if alias.latency_s is not None else ""
     facts = ", ".join(fact for fact in (cost, latency) if fact)
