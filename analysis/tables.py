@@ -61,7 +61,7 @@ def _overview(run: RunSummary) -> Table:
         ("95% interval", f"{_interval(account.interval)} (Wilson)"),
         ("failures", failures or "none"),
         ("cost", f"{usd(totals.cost_usd)}, of which counted results {usd(totals.counted_cost_usd)}"),
-        ("cost of a task", _task_cost(run.task_cost)),
+        *([("cost of a task", _task_cost(run.task_cost))] if totals.cost_usd else []),
         ("tokens", _tokens(run)),
         ("prompts cut", f"{number(totals.cut_prompts)} ({totals.overflows} too long for the endpoint)"),
         ("time at work", duration(totals.wall_s)),
