@@ -15,6 +15,7 @@ from rich.text import Text
 from analysis.duration import Duration
 from analysis.numbers import PERCENTILES, Histogram, Interval
 from analysis.report import sentence
+from analysis.spending import SpendRow, TaskCost
 from analysis.summary import GroupRow, RunSummary, Segment
 from analysis.text import DASH, duration, number, percent, plain, usd
 from analysis.timing import GROUPS, PARTS, Components, Timing, TimingRow
@@ -46,6 +47,8 @@ def summary_page(run: RunSummary) -> RenderableType:
         parts += [_groups("category", run.by_category), _groups("answer type", run.by_answer_type)]
     if len(run.segments) > 1:
         parts.append(_segments(run.segments))
+    if run.totals.cost_usd:
+        parts.append(_spending(run.spending))
     parts += [Text(f"Note: {plain(note, 200)}", style="yellow") for note in run.notes]
     return Group(*parts)
 
@@ -129,7 +132,9 @@ def _overview(run: RunSummary) -> Table:
         ("failures", _kinds(run.failures)),
         *([("limits", _kinds(run.limits))] if run.limits else []),
         ("cost", f"{usd(totals.cost_usd)}, of which counted results {usd(totals.counted_cost_usd)}"),
+        *([("cost of a task", _task_cost(run.task_cost))] if totals.cost_usd else []),
         ("tokens", _tokens(run)),
+        ("prompts cut", f"{number(totals.cut_prompts)} ({totals.overflows} too long for the endpoint)"),
         ("time at work", duration(totals.wall_s)),
         ("attempts", number(totals.attempts)),
         ("turns", f"{number(totals.turns)} ({totals.invalid_turns} invalid)"),
@@ -187,6 +192,20 @@ def _segments(segments: Sequence[Segment]) -> Table:
         end = "ended" if row.is_ended else "none seen"
         add_row(table, [str(row.epoch), began, duration(row.wall_s), *work, usd(row.cost_usd), end])
     return table
+
+
+def _spending(rows: Sequence[SpendRow]) -> Table:
+    table = table_of("Cost by kind and model", ["kind", "model"], ["calls", "tokens", "cost"])
+    for row in rows:
+        add_row(
+            table, [row.kind, row.model or DASH, number(row.calls), number(row.tokens), usd(row.cost_usd)]
+        )
+    return table
+
+
+def _task_cost(cost: TaskCost) -> str:
+    dearest = f" ({plain(cost.most_task, 40)})" if cost.most_usd else ""
+    return f"{usd(cost.mean_usd)} mean, {usd(cost.p50_usd)} median, {usd(cost.most_usd)} most{dearest}"
 
 
 def tools_page(rows: Sequence[ToolRow]) -> Table:
