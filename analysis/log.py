@@ -173,7 +173,10 @@ class RunLog:
     @cached_property
     def epochs(self) -> Ints:
         """The segments of the run, oldest first."""
-        return np.unique(self.ints("epoch")[self.live])
+        epochs = self.ints("epoch")[self.live]
+        # Epochs are few and small: to count them is quicker than to sort a million rows.
+        is_small = len(epochs) and epochs.min() >= 0 and epochs.max() < len(epochs) + 1000
+        return np.flatnonzero(np.bincount(epochs)) if is_small else np.unique(epochs)
 
     @cached_property
     def tasks(self) -> Mask:
@@ -203,7 +206,11 @@ class RunLog:
     @cached_property
     def is_error(self) -> Mask:
         """Calls that ended badly. A program's exit code counts: the sandbox did its part, the program not."""
-        return np.asarray(~self.words("status").is_in("ok") | (self.ints("exit_status") != 0))
+        status, unsaid = self._raw("exit_status")
+        is_bad = status != 0
+        if unsaid is not None:
+            is_bad &= ~unsaid
+        return np.asarray(is_bad | ~self.words("status").is_in("ok"))
 
     @cached_property
     def timed(self) -> Mask:
