@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from analysis.log import RunLog, pick
-from analysis.numbers import quantiles
+from analysis.numbers import ordered, quantiles
 from analysis.text import plain
 from analysis.timing import COLUMNS as TIMING
 from analysis.timing import Components, Series, TimingRow, components, described, series_of
@@ -55,11 +55,12 @@ def duration_of(log: RunLog) -> Duration:
     (tool,), (model,) = log.selection.tools, log.selection.models
     calls = log.kind("tool_call")
     failed = int((log.calls & calls & log.is_error).sum())
-    series = series_of("tool", tool, pick(log.numbers("duration_s"), log.timed & calls), failed)
+    values = ordered(pick(log.numbers("duration_s"), log.timed & calls))
+    series = series_of("tool", tool, values, failed)
     row, points = described(series), dict[str, float]()
     if row.stats.n:
-        values = quantiles(series.values, [percent / 100 for percent in PERCENTILES]).tolist()
-        points = {f"p{percent}": value for percent, value in zip(PERCENTILES, values, strict=True)}
+        found = quantiles(values, [percent / 100 for percent in PERCENTILES]).tolist()
+        points = {f"p{percent}": value for percent, value in zip(PERCENTILES, found, strict=True)}
     note = "" if row.stats.n or failed else (log.absence or _others(log))
     parts = [part for part in components(log) if part.name == tool] if row.stats.n else []
     return Duration(log.name, tool, model, note, series, row, points, parts)

@@ -12,7 +12,7 @@ What a task scored does not depend on the segment: `results` are the counted res
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,16 +20,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from analysis.selection import EVERYTHING, Selection
 from analysis.text import plain
 from ray_app import events, object_store
+from ray_app.columns import Raw, raw, take
 
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Rows = Mask | Ints  # which rows: a mask over all, or their positions (quicker where they are used again)
 
 # What decides whether a row counts.
 BASE = (
@@ -59,7 +60,9 @@ class Words:
         wanted = [place for place, name in enumerate(self.names) if name in words]
         if len(wanted) == 1:
             return np.asarray(self.codes == wanted[0])
-        return np.isin(self.codes, wanted)
+        is_wanted = np.zeros(len(self.names) + 1, bool)
+        is_wanted[wanted] = True
+        return np.asarray(is_wanted[self.codes])
 
     def used(self, mask: Mask) -> list[str]:
         """The words of the rows in `mask`, the most frequent first."""
@@ -96,28 +99,28 @@ class RunLog:
     def numbers(self, column: str) -> Floats:
         """A column of numbers; NaN where a row says nothing."""
         if column not in self._numbers:
-            array = self._table[column].combine_chunks()
-            if pa.types.is_boolean(array.type):
-                array = array.cast(pa.int8())
-            values = array.to_numpy(zero_copy_only=False)
-            self._numbers[column] = values.astype(np.float64, copy=False)
+            values, unsaid = self._raw(column)
+            found = values.astype(np.float64, copy=unsaid is not None)
+            if unsaid is not None:
+                found[unsaid] = np.nan
+            self._numbers[column] = found
         return self._numbers[column]
 
     def ints(self, column: str) -> Ints:
         """A column of whole numbers; 0 where a row says nothing."""
         if column not in self._ints:
-            array = self._table[column].combine_chunks()
-            if pa.types.is_timestamp(array.type):
-                array = array.cast(pa.int64())
-            filled = pc.fill_null(array, 0).to_numpy(zero_copy_only=False)
-            self._ints[column] = np.asarray(filled, dtype=np.int64)
+            values, unsaid = self._raw(column)
+            self._ints[column] = (values if unsaid is None else np.where(unsaid, 0, values)).astype(np.int64)
         return self._ints[column]
 
     def is_true(self, column: str) -> Mask:
         """The rows in which a column of truth values says yes."""
-        return np.asarray(
-            pc.fill_null(self._table[column].combine_chunks(), False).to_numpy(zero_copy_only=False)
-        )
+        values, unsaid = self._raw(column)
+        found = values.astype(bool)
+        return found if unsaid is None else np.asarray(found & ~unsaid)
+
+    def _raw(self, column: str) -> Raw:
+        return raw(self._table[column].combine_chunks())
 
     def kind(self, *kinds: str) -> Mask:
         """Rows of these kinds."""
@@ -166,9 +169,7 @@ class RunLog:
     @cached_property
     def is_error(self) -> Mask:
         """Calls that ended badly. A program's exit code counts: the sandbox did its part, the program not."""
-        return np.asarray(
-            ~self.words("status").is_in("ok") | (np.nan_to_num(self.numbers("exit_status")) != 0)
-        )
+        return np.asarray(~self.words("status").is_in("ok") | (self.ints("exit_status") != 0))
 
     @cached_property
     def timed(self) -> Mask:
@@ -199,15 +200,17 @@ class RunLog:
     def results(self) -> RunLog:
         """The results that count, of the tasks that are asked for, over all segments: one row each."""
         rows = np.flatnonzero(self.kind("result"))
-        table = self._table.take(pa.array(rows))
-        counted = table.take(pa.array(events.last_committed(table), pa.int64()))
+        table = take(self._table, rows)
+        counted = take(table, np.array(events.last_committed(table), np.int64))
         log = RunLog(self.run_dir, counted, self.selection)
         mask = np.full(len(counted), self.is_of_benchmark)
         if self.selection.trials:
             mask &= np.isin(log.ints("trial"), self.selection.trials)
         if self.selection.categories:
             mask &= log.words("category").is_in(*self.selection.categories)
-        return log if mask.all() else RunLog(self.run_dir, counted.filter(pa.array(mask)), self.selection)
+        if mask.all():
+            return log
+        return RunLog(self.run_dir, take(counted, np.flatnonzero(mask)), self.selection)
 
     @property
     def absence(self) -> str | None:
@@ -242,12 +245,12 @@ def _words(column: pa.ChunkedArray | pa.Array) -> Words:
     if not pa.types.is_dictionary(column.type):
         column = column.dictionary_encode()
     names = [name or "" for name in column.dictionary.to_pylist()]
-    indices = column.indices
-    if indices.null_count:
+    codes, unsaid = raw(column.indices)
+    if unsaid is not None:
         if "" not in names:
             names.append("")
-        indices = pc.fill_null(indices, names.index(""))
-    return Words(tuple(names), indices.to_numpy(zero_copy_only=False).astype(np.int32, copy=False))
+        codes = np.where(unsaid, names.index(""), codes)
+    return Words(tuple(names), codes.astype(np.int32, copy=False))
 
 
 def sums(codes: NDArray[Any], values: Floats, size: int) -> Floats:
@@ -255,22 +258,21 @@ def sums(codes: NDArray[Any], values: Floats, size: int) -> Floats:
     return np.bincount(codes, np.nan_to_num(values), minlength=size).astype(np.float64, copy=False)
 
 
-def pick(values: Floats, mask: Mask) -> Floats:
-    """The values that are said, of the rows in `mask`."""
-    found = values[mask]
-    return np.asarray(found[~np.isnan(found)])
+def pick(values: Floats, rows: Rows) -> Floats:
+    """The values that are said, of these rows."""
+    return said(values[rows])
 
 
-def names_of(words: Words, codes: Collection[int]) -> list[str]:
-    """The words behind codes."""
-    return [words.names[code] for code in codes]
+def said(values: Floats) -> Floats:
+    """The values that are no NaN."""
+    unsaid = np.isnan(values)
+    return values[~unsaid] if unsaid.any() else values
 
 
-def split(words: Words, values: Floats, mask: Mask) -> dict[str, Floats]:
-    """The values that are said of the rows in `mask`, by word; the most frequent word first."""
-    rows = np.flatnonzero(mask & ~np.isnan(values))
+def split(words: Words, values: Floats, rows: Rows) -> dict[str, Floats]:
+    """The values that are said of these rows, by word; the most frequent word first."""
     codes, taken = words.codes[rows], values[rows]
-    found = [(name, taken[codes == code]) for code, name in enumerate(words.names)]
+    found = [(name, said(taken[codes == code])) for code, name in enumerate(words.names)]
     return dict(
         sorted(((name, own) for name, own in found if len(own)), key=lambda item: (-len(item[1]), item[0]))
     )

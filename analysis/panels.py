@@ -26,7 +26,7 @@ Scale = Literal["linear", "log"]
 BLUE, ORANGE, SKY, GREEN, YELLOW = "#0072b2", "#e69f00", "#56b4e9", "#009e73", "#f0e442"
 RED, PURPLE, BLACK = "#d55e00", "#cc79a7", "#000000"
 GREY, INK, PALE = "#6b717b", "#22262b", "#e3e5e8"
-CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK, YELLOW)
+CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK, "#8a8f98", "#7a4f2b")  # yellow is too pale for a line
 OUTCOME_COLOURS = {
     "correct": GREEN,
     "wrong": "#a9d8c8",

@@ -96,7 +96,7 @@ def series_picture(path: Path, title: str, rows: Sequence[TimingRow], series: Se
     with figure(15, height) as canvas:
         more = f", {len(rows) - len(shown)} more not shown" if len(rows) > len(shown) else ""
         canvas.text(0.012, 1 - 0.3 / height, title + more, fontsize=16, fontweight="bold", va="center")
-        margins: dict[str, Any] = {"left": 0.055, "right": 0.985, "hspace": 0.95, "wspace": 0.11}
+        margins: dict[str, Any] = {"left": 0.055, "right": 0.985, "hspace": 0.95, "wspace": 0.13}
         top, bottom = 1 - 1.05 / height, 3.95 / height
         grid = canvas.add_gridspec(len(shown), 2, top=top, bottom=bottom, **margins).subplots(squeeze=False)
         for line, row in zip(grid, shown, strict=True):

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from analysis.log import STAGES, Floats, Mask, RunLog, counts, pick, split, sums
+from analysis.log import STAGES, Floats, Mask, RunLog, counts, pick, said, split, sums
 from analysis.numbers import Histogram, Summary, describe, linear_histogram, log_histogram, ordered
 
 Group = Literal["tool", "model", "stage", "orchestrator", "tokens"]
@@ -34,7 +34,7 @@ BINS = 10
 
 
 class Series(NamedTuple):
-    """One quantity: its values, sorted; `errors` are calls that ended badly and are not among them."""
+    """One quantity: its values, which `series` sorts; `errors` are calls that ended badly, not among them."""
 
     group: Group
     name: str
@@ -107,31 +107,31 @@ def timing(log: RunLog) -> Timing:
 
 def series(log: RunLog) -> Iterator[Series]:
     """Every quantity that has a value or an error, group by group."""
-    duration, kinds = (
-        log.numbers("duration_s"),
-        {kind: log.kind(kind) for kind in ("tool_call", "model_call")},
-    )
+    for one in quantities(log):
+        yield one._replace(values=ordered(one.values))
+
+
+def quantities(log: RunLog) -> Iterator[Series]:
+    """What `series` gives, as it lies in the log: unsorted."""
+    duration = log.numbers("duration_s")
     tools, models = log.words("tool"), log.words("model")
-    by_tool = split(tools, duration, log.timed & kinds["tool_call"])
-    failed = counts(tools, log.calls & kinds["tool_call"] & log.is_error)
+    is_tool, is_model = log.kind("tool_call"), log.kind("model_call")
+    by_tool = split(tools, duration, log.timed & is_tool)
+    failed = counts(tools, log.calls & is_tool & log.is_error)
     yield from _if_any("tool", ALL, np.concatenate([*by_tool.values(), np.empty(0)]), sum(failed.values()))
     for name in sorted({*by_tool, *failed}, key=place):
         yield from _if_any("tool", name, by_tool.get(name, np.empty(0)), failed.get(name, 0))
-    by_model = split(models, duration, log.timed & kinds["model_call"])
-    failed = counts(models, log.calls & kinds["model_call"] & log.is_error)
+    rows = np.flatnonzero(log.timed & is_model)
+    by_model = split(models, duration, rows)
+    failed = counts(models, log.calls & is_model & log.is_error)
     for name in dict.fromkeys([*by_model, *failed]):
         yield from _if_any("model", name or "(unknown)", by_model.get(name, np.empty(0)), failed.get(name, 0))
-    yield from _stages(log)
-    yield from _orchestrator(log)
-
-
-def _stages(log: RunLog) -> Iterator[Series]:
-    is_call = log.kind("model_call")
     for name in ("queue", "prefill", "decode"):
-        yield from _if_any("stage", name, pick(log.numbers(f"{name}_s"), log.timed & is_call))
+        yield from _if_any("stage", name, pick(log.numbers(f"{name}_s"), rows))
     for name, mask in stage_masks(log).items():
-        failed = int((log.calls & mask & log.is_error).sum())
-        yield from _if_any("stage", name, pick(log.numbers("duration_s"), log.timed & mask), failed)
+        failures = int((log.calls & mask & log.is_error).sum())
+        yield from _if_any("stage", name, pick(duration, np.flatnonzero(log.timed & mask)), failures)
+    yield from _orchestrator(log)
 
 
 def stage_masks(log: RunLog) -> dict[str, Mask]:
@@ -148,21 +148,16 @@ def stage_masks(log: RunLog) -> dict[str, Mask]:
 
 
 def _orchestrator(log: RunLog) -> Iterator[Series]:
-    mask = log.timed & log.role("orchestrator")
-    prefill, decode = log.numbers("prefill_s"), log.numbers("decode_s")
-    prompt, completion = log.numbers("prompt_tokens"), log.numbers("completion_tokens")
+    rows = np.flatnonzero(log.timed & log.role("orchestrator"))
+    queue, prefill, decode = (log.numbers(f"{name}_s")[rows] for name in ("queue", "prefill", "decode"))
+    prompt, completion = (log.numbers(f"{name}_tokens")[rows] for name in ("prompt", "completion"))
     # Prefill plus decode is the model's own time, without the wait for a place at the endpoint.
-    times = {
-        "queue": log.numbers("queue_s"),
-        "prefill": prefill,
-        "decode": decode,
-        "inference": prefill + decode,
-    }
+    times = {"queue": queue, "prefill": prefill, "decode": decode, "inference": prefill + decode}
     for name, values in times.items():
-        yield from _if_any("orchestrator", name, pick(values, mask))
+        yield from _if_any("orchestrator", name, said(values))
     lengths = {"prompt": prompt, "completion": completion, "prompt + completion": prompt + completion}
     for name, values in lengths.items():
-        yield from _if_any("tokens", name, pick(values, mask))
+        yield from _if_any("tokens", name, said(values))
 
 
 def _if_any(group: Group, name: str, values: Floats, errors: int = 0) -> Iterator[Series]:
@@ -171,8 +166,8 @@ def _if_any(group: Group, name: str, values: Floats, errors: int = 0) -> Iterato
 
 
 def series_of(group: Group, name: str, values: Floats, errors: int = 0) -> Series:
-    """A series of these values, in seconds or tokens, in any order."""
-    return Series(group, name, "tokens" if group == "tokens" else "s", ordered(values), errors)
+    """A series of these values, in seconds or tokens."""
+    return Series(group, name, "tokens" if group == "tokens" else "s", values, errors)
 
 
 def described(one: Series) -> TimingRow:

@@ -409,19 +409,20 @@ def _line(stamp: str, row: list[Any], inner: tuple[float, float] | None) -> str:
     if role == "judge":
         return f"[USER_JUDGE] {head} type=evaluator model={model} duration_ms={1000 * duration:.2f}\n"
     place = f"step={turn} eid={int(task, 16)}"
+    span = f"duration_ms={1000 * duration:.2f}"
     if kind == "model_call":
         infer = 1000 * (prefill + decode)
         return (
-            f"[PROFILE] {head} type=llm_call {place} model={model} backend=vllm duration_ms={1000 * duration:.2f} "
+            f"[PROFILE] {head} type=llm_call {place} model={model} backend=vllm {span} "
             f"toolorchestra_vllm_infer_ms={infer:.2f} toolorchestra_vllm_prefill_ms={1000 * prefill:.2f} "
             f"toolorchestra_vllm_decode_ms={1000 * decode:.2f} toolorchestra_vllm_prefill_len={prompt} "
             f"toolorchestra_vllm_decode_len={completion}\n"
         )
     expert, work = inner or (0.0, 0.0)
     more = {
-        "search": f"search_backend=local_only search_local_hits=20 search_tavily_hits=0 query_llm_ms={expert:.2f} "
-        f"retrieval_ms={work:.2f} retrieval_retries=0",
+        "search": "search_backend=local_only search_local_hits=20 search_tavily_hits=0 "
+        f"query_llm_ms={expert:.2f} retrieval_ms={work:.2f} retrieval_retries=0",
         "enhance_reasoning": f"llm_ms={expert:.2f} exec_ms={work:.2f}",
         "answer": f"duration_total_ms={1000 * duration:.2f}",
     }[tool]
-    return f"[PROFILE] {head} type=tool_call {place} tool={tool} model={model} duration_ms={1000 * duration:.2f} {more}\n"
+    return f"[PROFILE] {head} type=tool_call {place} tool={tool} model={model} {span} {more}\n"

@@ -10,11 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from ray_app.errors import StorageError
 from ray_app.table_files import (
@@ -73,7 +75,7 @@ def _snapshot(files: TableFiles, schema: pa.Schema) -> pa.Table:
         found |= {path: table for path, table in read.items() if table is not None}
         gone = {path for path, table in read.items() if table is None}
         if not gone:
-            return pa.concat_tables([schema.empty_table(), *found.values()])
+            return pa.concat_tables([pa.Table.from_batches([], schema), *found.values()])
         if still := gone.intersection(log_files(files.folder)):  # a shared folder's listing lags behind
             if time.monotonic() > give_up:
                 raise StorageError(f"cannot read {min(still)}: it is listed, but it is not there")
@@ -85,7 +87,7 @@ def _read(path: Path, schema: pa.Schema, key: str) -> pa.Table | None:
     try:
         if path.suffix == STREAM:
             batches = [item.batch for item in stream_batches(path)]
-            table = pa.Table.from_batches(batches) if batches else schema.empty_table()
+            table = pa.Table.from_batches(batches, None if batches else schema)
         else:
             metadata = pq.read_metadata(path)
             fields = [field for field in schema if field.name in set(metadata.schema.names)]
@@ -127,5 +129,41 @@ def _distinct(table: pa.Table, key: str) -> pa.Table:
     codes = codes.combine_chunks() if isinstance(codes, pa.ChunkedArray) else codes
     if len(codes.dictionary) == len(codes):
         return table
-    _, first = np.unique(codes.indices.to_numpy(), return_index=True)
-    return table.take(pa.array(np.sort(first)))
+    _, first = np.unique(raw(codes.indices).values, return_index=True)
+    return take(table, np.sort(first))
+
+
+class Raw(NamedTuple):
+    """A column's values as they lie in memory, and where they say nothing; None where all do."""
+
+    values: NDArray[Any]
+    unsaid: NDArray[np.bool_] | None
+
+
+def raw(array: pa.Array) -> Raw:
+    """The numbers, times (as their whole number) or truth values of an array, without a copy where possible.
+
+    Reads Arrow's buffers: `to_numpy` and `pa.scalar` would import pandas, which takes longer than reading a
+    million rows does.
+    """
+    validity, data = array.buffers()
+    start, stop = array.offset, array.offset + len(array)
+    unsaid = None if not array.null_count else ~_bits(validity, start, stop)
+    if not len(array):
+        return Raw(np.empty(0, np.float64), unsaid)
+    if pa.types.is_boolean(array.type):
+        return Raw(_bits(data, start, stop), unsaid)
+    kind = f"{'f' if pa.types.is_floating(array.type) else 'i'}{array.type.bit_width // 8}"
+    return Raw(np.frombuffer(data, kind)[start:stop], unsaid)
+
+
+def _bits(buffer: pa.Buffer, start: int, stop: int) -> NDArray[np.bool_]:
+    return np.unpackbits(np.frombuffer(buffer, np.uint8), count=stop, bitorder="little")[start:].view(
+        np.bool_
+    )
+
+
+def take(table: pa.Table, rows: NDArray[np.int64]) -> pa.Table:
+    """These rows of `table`. `pa.array` would import pandas for it, which takes longer than the reading."""
+    numbers = np.ascontiguousarray(rows, dtype=np.int64)
+    return table.take(pa.Array.from_buffers(pa.int64(), len(numbers), [None, pa.py_buffer(numbers)]))

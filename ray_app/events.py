@@ -13,7 +13,6 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ray_app.columns import read_columns
 from ray_app.errors import RunDirError
@@ -153,10 +152,10 @@ def _check_folder(folder: Path) -> None:
 
 def last_committed(table: pa.Table) -> list[int]:
     """Positions of the `result` rows that count, among those of `table` (see `results`)."""
-    starts = table["t_start"].cast(pa.int64())
-    numbers = (pc.fill_null(column, 0) for column in (table["trial"], table["epoch"], starts))
-    columns = (table["rollout_key"], *numbers, table["event_id"])
-    rows = list(zip(*(column.to_pylist() for column in columns), strict=True))
+    columns = (table["trial"], table["epoch"], table["t_start"].cast(pa.int64()))
+    numbers = ([value or 0 for value in column.to_pylist()] for column in columns)
+    rollouts, ids = table["rollout_key"].to_pylist(), table["event_id"].to_pylist()
+    rows = list(zip(rollouts, *numbers, ids, strict=True))
     latest: dict[tuple[Any, ...], Any] = {}  # of each writer, per (rollout, trial, epoch)
     for rollout, trial, epoch, start, event_id in rows:
         group = (rollout, trial, epoch, event_id.rpartition("-")[0])

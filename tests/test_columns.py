@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from ray_app import events
+from ray_app.columns import raw
 from ray_app.compaction import compact
 from ray_app.errors import RunDirError, StorageError
 from tests.event_logs import FULL, make_writer, read_rows, start_child, stream_of, turn, write_file
@@ -65,6 +67,26 @@ def test_words_are_codes_and_ids_are_plain(tmp_path: Path) -> None:
     table = events.columns(tmp_path, ["event_id", "tool", "payload_hash"], plain=["payload_hash"])
     kinds = [pa.types.is_dictionary(field.type) for field in table.schema]
     assert kinds == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (pa.float64(), [1.5, None, -2.0, 4.0]),
+        (pa.int64(), [1, 2, None, -4]),
+        (pa.int32(), [1, 2, 3, 4]),
+        (pa.bool_(), [True, None, False, True] * 5),
+        (pa.bool_(), [False, True]),
+        (pa.timestamp("us", tz="UTC"), [7, None, 9]),
+        (pa.float64(), []),
+    ],
+)
+@pytest.mark.parametrize("start", [0, 1])
+def test_values_are_read_from_memory_as_they_are(kind: pa.DataType, values: list[Any], start: int) -> None:
+    found = raw(pa.array(values, kind)[start:])
+    unsaid = [False] * len(found.values) if found.unsaid is None else found.unsaid.tolist()
+    told = [None if no else value for value, no in zip(found.values.tolist(), unsaid, strict=True)]
+    assert told == values[start:]
 
 
 def test_an_empty_log_has_no_rows_and_no_log_is_a_mistake(tmp_path: Path) -> None:

@@ -166,13 +166,17 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(run_dir: Path, arguments: t
     assert "expected" in outcome.stderr
 
 
-def test_summary_starts_without_matplotlib_and_nothing_imports_ray(run_dir: Path) -> None:
+def test_figures_import_nothing_heavy_and_nothing_imports_ray(run_dir: Path) -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from analysis.__main__ import app\n"
-        "print(CliRunner().invoke(app, ['summary', sys.argv[1]]).exit_code, 'matplotlib' in sys.modules)\n"
-        "import analysis.plots; print('matplotlib' in sys.modules, 'ray' in sys.modules)\n"
+        "heavy = ('matplotlib', 'pandas', 'duckdb', 'scipy', 'ray')\n"
+        "for command in ('summary', 'timing', 'usage', 'critical-path'):\n"
+        "    done = CliRunner().invoke(app, [command, sys.argv[1]])\n"
+        "    print(done.exit_code, [name for name in heavy if name in sys.modules])\n"
+        "import analysis.plots, analysis.timeline\n"
+        "print('matplotlib' in sys.modules, 'ray' in sys.modules)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(run_dir)], capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines() == ["0 False", "True False"]
+    assert done.stdout.splitlines() == [*["0 []"] * 4, "True False"]
