@@ -44,7 +44,11 @@ RESULTS = (
     *("event_id", "rollout_key", "judge_key", "task_id", "t_start", "outcome", "is_correct"),
     *("verdict_method", "confidence", "answer_type", "error_kind", "attempt", "turn", "detail"),
 )
-EVERY = tuple(dict.fromkeys((*BASE, *WORK, *STAGES, *SPANS, *RESULTS, "call_seq", "retries")))
+EVERY = tuple(
+    dict.fromkeys(
+        (*BASE, *WORK, *STAGES, *SPANS, *RESULTS, "call_seq", "retries", "web_calls", "context_cut")
+    )
+)
 CALLS = ("model_call", "tool_call", "retrieval", "code")
 
 
@@ -84,6 +88,10 @@ class RunLog:
 
     def __len__(self) -> int:
         return len(self._table)
+
+    def select(self, selection: Selection) -> RunLog:
+        """The same snapshot under another selection."""
+        return RunLog(self.run_dir, self._table, selection)
 
     @property
     def name(self) -> str:
