@@ -13,6 +13,11 @@ COMMANDS = {
     "duration": "analysis.commands.duration",
     "critical-path": "analysis.commands.critical_path",
     "show": "analysis.commands.show",
+    "watch": "analysis.commands.watch",
     "status": "analysis.commands.status",
+    "compare": "analysis.commands.compare",
+    "sql": "analysis.commands.sql",
     "plots": "analysis.commands.plots",
+    "export": "analysis.commands.export",
+    "import-seed": "analysis.commands.import_seed",
 }

@@ -9,7 +9,8 @@ import typer
 
 from analysis.console import Answer, one_line_errors, present
 from analysis.options import AsJson, Run
-from analysis.status import page, status_of
+from analysis.status import status_of
+from analysis.status_page import page
 from ray_app.object_store import local
 
 

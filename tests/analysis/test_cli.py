@@ -19,7 +19,7 @@ from analysis.summary import summarise
 from analysis.tables import timing_page
 from analysis.timing import timing
 from ray_app.event_writer import EventWriter
-from tests.analysis.runs import event, model_call, result, run_start, tool_call, write_run
+from tests.analysis.runs import model_call, result, run_start, tool_call, write_run
 
 
 @pytest.fixture
@@ -143,17 +143,15 @@ def test_plots_names_the_picture_to_open(run_dir: Path, tmp_path: Path) -> None:
     assert Path(lines[1]).exists()
 
 
-def test_show_tells_one_task_in_order_with_what_calls_gave(tmp_path: Path) -> None:
+def test_show_tells_one_task_with_what_calls_gave(tmp_path: Path) -> None:
     writer = EventWriter(tmp_path / "run", "w")
     body = writer.payload(json.dumps({"content": "the reply"}))
-    writer.append(event("result", at_s=9, task="a", turn=1, outcome="ok", is_correct=True))
     writer.append(model_call("orchestrator", at_s=1, turn=0, payload_hash=body, error="bad\x1b[2J"))
-    writer.append(model_call("orchestrator", task="other"))
     writer.close()
     text = output_of("show", tmp_path / "run", "a")
-    assert text.index("turn 0") < text.index("the reply") < text.index("outcome=ok")
-    assert text.count("model_call") == 1
-    assert "\x1b" not in text
+    assert "reply: the reply" in text and "\x1b" not in text
+    (attempt,) = json.loads(output_of("show", tmp_path / "run", "a", "--json"))["attempts"]
+    assert attempt["turns"][0]["steps"][0]["pieces"] == [{"name": "reply", "text": "the reply"}]
 
 
 @pytest.mark.parametrize(
