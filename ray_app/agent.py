@@ -81,7 +81,10 @@ class Agent:
             Message("system", self.prompts.render("orchestrator_system").strip()),
             Message("user", user, self.caller.images(model, task)),
         )
-        schemas = tuple(schema(tool, self.caller.models) for tool in offered.values())
+        models = self.caller.models
+        schemas = tuple(
+            schema(tool, models, is_strict=models[model].strict_tools) for tool in offered.values()
+        )
         return await self.caller.ask(journal, "orchestrator", model, messages, self.config.sampling, schemas)
 
     async def _use(

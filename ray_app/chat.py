@@ -256,6 +256,7 @@ def _body(request: ChatRequest, model: ModelConfig) -> dict[str, Any]:
         "top_p": sampling.top_p,
         "seed": sampling.seed,
         "tools": list(request.tools) or None,
+        **_tool_options(request, model),
         "extra_body": model.extra_body or None,
         "extra_headers": {"x-session-id": request.session} if request.session else None,
     }
@@ -266,6 +267,16 @@ def _body(request: ChatRequest, model: ModelConfig) -> dict[str, Any]:
         "stream": True,
         "stream_options": {"include_usage": True},
         **{key: value for key, value in optional.items() if value is not None},
+    }
+
+
+def _tool_options(request: ChatRequest, model: ModelConfig) -> dict[str, Any]:
+    """What is said of tools beside their schemas; endpoints refuse it where no tool is offered."""
+    if not request.tools:
+        return {}
+    return {
+        "tool_choice": None if model.tool_choice == "auto" else model.tool_choice,
+        "parallel_tool_calls": False if model.strict_tools else None,
     }
 
 

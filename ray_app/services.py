@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import itertools
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from ray_app.config import RunConfig, explain
 from ray_app.errors import ConfigError, InfrastructureError
+from ray_app.failure import root_cause
 from ray_app.rundir import PACKAGE
 
 READY_TIMEOUT_S = 600
 INFO_TIMEOUT_S = 10.0
 PROXY_TIMEOUT_S = 60
+WAIT_CHARS = 160
 SAY_EVERY_S = 10
+# What takes long is told of more and more rarely: each time when it has taken so much longer.
+SAY_GROWTH = 1.3
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,8 @@ def ensure(
 ) -> None:
     """Deploy the applications among `names` that are missing or differ. Needs a connected Ray.
 
-    Raises InfrastructureError, with Serve's own message, when one is not ready in READY_TIMEOUT_S.
+    Raises InfrastructureError, with the reason in one line, when one is not ready in time: its own
+    `ready_timeout_s`, as a large model has it, or READY_TIMEOUT_S.
     """
     from ray import serve  # heavy, and `--plan` without a cluster does not need it
 
@@ -158,33 +162,58 @@ def _deploy(service: Service, say: Callable[[str], None]) -> None:
     from ray import serve
 
     started = time.monotonic()
-    app = _builder(service)(_arguments(service))
+    arguments = _arguments(service)
+    limit_s: float = getattr(arguments, "ready_timeout_s", READY_TIMEOUT_S)
+    app = _builder(service)(arguments)
     target = serve.RunTarget(target=app, name=service.name, route_prefix=service.route_prefix)
     serve.run_many([target], wait_for_applications_running=False)
-    for second in itertools.count():
-        if not _difference(service):
-            break
-        message = _trouble(service.name)
-        if message or second >= READY_TIMEOUT_S:
+    say_at_s = float(SAY_EVERY_S)
+    while _difference(service):
+        elapsed_s = time.monotonic() - started
+        state = _state(service.name)
+        if state.reason or elapsed_s >= limit_s:
             raise InfrastructureError(
-                f"service {service.name}: not ready after {second} s: {message or 'Serve gives no reason'}"
+                f"service {service.name}: not ready after {elapsed_s:.0f} s: "
+                f"{state.reason or state.waits_for or 'Serve gives no reason'}"
             )
-        if second and second % SAY_EVERY_S == 0:
-            say(f"service {service.name}: starting ({second} s)")
+        if elapsed_s >= say_at_s:
+            waits = f"; waits for {state.waits_for}" if state.waits_for else ""
+            say(f"service {service.name}: starting ({elapsed_s:.0f} s of at most {limit_s:.0f}{waits})")
+            say_at_s = max(elapsed_s + SAY_EVERY_S, elapsed_s * SAY_GROWTH)
         time.sleep(1.0)
     say(f"service {service.name}: ready after {time.monotonic() - started:.0f} s")
 
 
-def _trouble(name: str) -> str:
-    """Why the application cannot become ready, in one line; "" while it may still."""
+class _State(NamedTuple):
+    """Of an application that is not ready: why it never will be, else the deployments it waits for."""
+
+    reason: str = ""
+    waits_for: str = ""
+
+
+def _state(name: str) -> _State:
     from ray import serve
-    from ray.serve.schema import ApplicationStatus
+    from ray.serve.schema import ApplicationStatus, DeploymentStatus
+
+    from ray_app.replica_logs import replica_logs
 
     app = serve.status().applications.get(name)
-    if app is None or app.status != ApplicationStatus.DEPLOY_FAILED:
-        return ""
-    reasons = [app.message, *(item.message for item in app.deployments.values())]
-    return " ".join(" ".join(reasons).split())[-600:]
+    if app is None:
+        return _State()
+    if app.status == ApplicationStatus.DEPLOY_FAILED:
+        bad = {
+            key: item.message
+            for key, item in app.deployments.items()
+            if item.status == DeploymentStatus.DEPLOY_FAILED
+        }
+        logs = [text for key in bad for text in replica_logs(name, key)]
+        return _State(reason=root_cause([*bad.values(), app.message, *logs]))
+    late = {
+        key: root_cause([item.message])[:WAIT_CHARS]
+        for key, item in app.deployments.items()
+        if item.status != DeploymentStatus.HEALTHY
+    }
+    return _State(waits_for=", ".join(f"{key} ({why})" if why else key for key, why in late.items()))
 
 
 def _difference(service: Service) -> str:
