@@ -60,7 +60,8 @@ def test_a_mistake_is_one_line_before_any_model_loads(
 
 
 def test_a_chat_template_travels_as_its_text_and_a_changed_one_is_another_service(tmp_path: Path) -> None:
-    from ray_app.app import ModelsConfig, service_digest
+    from ray_app.app import service_digest
+    from ray_app.serving import ModelsConfig
 
     def identity(**changes: Any) -> str:
         arguments = services._arguments(application(tmp_path, **changes))
@@ -133,14 +134,14 @@ async def test_calls_of_one_task_meet_one_replica_and_one_more_replica_moves_few
         await asyncio.to_thread(deploy, 4)
         before = await replica_of(url, calls=3)
         assert {len(replicas) for replicas in before.values()} == {1}
-        assert len(set.union(*before.values())) == 4, "every replica has some"
+        assert len(set[str]().union(*before.values())) == 4, "every replica has some"
         await asyncio.to_thread(deploy, 5)
         after: dict[str, set[str]] = {}
         async with asyncio.timeout(60):  # the proxy hears of the new replica a moment later
-            while len(set.union(*before.values(), *after.values())) < 5:
+            while len(set[str]().union(*before.values(), *after.values())) < 5:
                 after = await replica_of(url)
         assert {len(replicas) for replicas in (await replica_of(url, calls=3)).values()} == {1}
         moved = [session for session in before if before[session] != after[session]]
         assert 0 < len(moved) <= 2 / 5 * SESSIONS
-        newcomer = set.union(*after.values()) - set.union(*before.values())
+        newcomer = set[str]().union(*after.values()) - set[str]().union(*before.values())
         assert {replica for session in moved for replica in after[session]} == newcomer

@@ -32,7 +32,7 @@ def make_tiny_model(folder: Path) -> Path:
     """Writes checkpoint, tokenizer and chat template into `folder`; the same ones each time."""
     tokenizer = _tokenizer()
     torch.manual_seed(5)
-    model = Qwen3ForCausalLM(
+    model = Qwen3ForCausalLM(  # type: ignore[no-untyped-call]
         Qwen3Config(
             vocab_size=len(tokenizer),
             hidden_size=64,
@@ -47,7 +47,7 @@ def make_tiny_model(folder: Path) -> Path:
             pad_token_id=0,
         )
     )
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # The engine reads what ends a reply from here.
     ends = {"eos_token_id": tokenizer.convert_tokens_to_ids(END), "pad_token_id": 0}
@@ -63,7 +63,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens(SPECIAL[:3])
     backend.add_tokens(SPECIAL[3:])
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,
         eos_token=END,
         pad_token=SPECIAL[0],

@@ -192,8 +192,14 @@ def made(folder: Path, serve_config: dict[str, Any]) -> Iterator[Cluster]:
     path.write_text(yaml.safe_dump(serve_config))
     # A folder of its own: `ray` in another terminal must not find this cluster, or its remains.
     temporary = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short, for the paths of Ray's sockets
-    urls = (f"http://127.0.0.1:{port}" for port in (dashboard, http))
-    cluster = Cluster(f"127.0.0.1:{gcs}", *urls, path, folder, temporary)
+    cluster = Cluster(
+        f"127.0.0.1:{gcs}",
+        f"http://127.0.0.1:{dashboard}",
+        f"http://127.0.0.1:{http}",
+        path,
+        folder,
+        temporary,
+    )
     try:
         yield cluster
     finally:
