@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 END = "<|im_end|>"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", END, "<tool_call>", "</tool_call>"]
-CONTEXT = 4096
+CONTEXT = 8192
 
 TEMPLATE = """\
 {%- if tools %}<|im_start|>system
