@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -132,14 +132,15 @@ def ensure(
 
     address = {"host": serve_config.host, "port": serve_config.port}
     serve.start(proxy_location=serve_config.proxy_location, http_options=address)
+    lacking = []
     for name in names:
         service = serve_config.services[name]
         state = "is redeployed (--fresh)" if fresh else _difference(service)
-        if not state:
-            say(f"service {name}: running, same config and code")
-            continue
-        say(f"service {name}: {state}")
-        _deploy(service, say)
+        say(f"service {name}: {state or 'running, same config and code'}")
+        if state:
+            lacking.append(service)
+    if lacking:
+        _deploy(lacking, say)
 
 
 async def wait_for_proxy(url: str) -> None:
@@ -158,34 +159,48 @@ async def wait_for_proxy(url: str) -> None:
     )
 
 
-def _deploy(service: Service, say: Callable[[str], None]) -> None:
+def _deploy(lacking: Sequence[Service], say: Callable[[str], None]) -> None:
+    """All at once: models take minutes each to load, on cards of their own."""
     from ray import serve
 
     started = time.monotonic()
-    arguments = _arguments(service)
-    limit_s: float = getattr(arguments, "ready_timeout_s", READY_TIMEOUT_S)
-    app = _builder(service)(arguments)
-    target = serve.RunTarget(target=app, name=service.name, route_prefix=service.route_prefix)
-    serve.run_many([target], wait_for_applications_running=False)
-    say_at_s = float(SAY_EVERY_S)
-    while _difference(service):
-        elapsed_s = time.monotonic() - started
-        state = _state(service.name)
-        if state.reason or elapsed_s >= limit_s:
-            raise InfrastructureError(
-                f"service {service.name}: not ready after {elapsed_s:.0f} s: "
-                f"{state.reason or state.waits_for or 'Serve gives no reason'}"
-            )
-        if elapsed_s >= say_at_s:
-            waits = f"; waits for {state.waits_for}" if state.waits_for else ""
-            say(f"service {service.name}: starting ({elapsed_s:.0f} s of at most {limit_s:.0f}{waits})")
-            say_at_s = max(elapsed_s + SAY_EVERY_S, elapsed_s * SAY_GROWTH)
+    targets = [
+        serve.RunTarget(
+            target=_builder(service)(_arguments(service)),
+            name=service.name,
+            route_prefix=service.route_prefix,
+        )
+        for service in lacking
+    ]
+    serve.run_many(targets, wait_for_applications_running=False)
+    waiting, say_at_s = list(lacking), float(SAY_EVERY_S)
+    while waiting:
         time.sleep(1.0)
-    say(f"service {service.name}: ready after {time.monotonic() - started:.0f} s")
+        elapsed_s = time.monotonic() - started
+        is_told = elapsed_s >= say_at_s
+        waiting = [service for service in waiting if not _is_ready(service, elapsed_s, say, is_told=is_told)]
+        if is_told:
+            say_at_s = max(elapsed_s + SAY_EVERY_S, elapsed_s * SAY_GROWTH)
+
+
+def _is_ready(service: Service, elapsed_s: float, say: Callable[[str], None], *, is_told: bool) -> bool:
+    """Whether it is; tells of it, and where `is_told` of what it waits for. Raises InfrastructureError."""
+    if not _difference(service):
+        say(f"service {service.name}: ready after {elapsed_s:.0f} s")
+        return True
+    limit_s: float = getattr(_arguments(service), "ready_timeout_s", READY_TIMEOUT_S)
+    state = _state(service.name)
+    if state.reason or elapsed_s >= limit_s:
+        reason = state.reason or state.waits_for or "Serve gives no reason"
+        raise InfrastructureError(f"service {service.name}: not ready after {elapsed_s:.0f} s: {reason}")
+    if is_told:
+        why = f"; waits for {state.waits_for}" if state.waits_for else ""
+        say(f"service {service.name}: starting ({elapsed_s:.0f} s of at most {limit_s:.0f}{why})")
+    return False
 
 
 class _State(NamedTuple):
-    """Of an application that is not ready: why it never will be, else the deployments it waits for."""
+    """Of an application that is not ready: why it never will be, or what it waits for."""
 
     reason: str = ""
     waits_for: str = ""
