@@ -10,6 +10,8 @@ from typing import Any
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.ingress import OpenAiIngress
 
+from ray_app.serving import DIGEST_KEY
+
 
 class InformingIngress(OpenAiIngress):
     """The OpenAI ingress of an application; takes the identity that its builder gave it."""
@@ -29,4 +31,4 @@ class InformingServer(LLMServer):
     async def info(self) -> dict[str, str]:
         """As InformingIngress.info."""
         config = self._llm_config
-        return {"digest": config.experimental_configs["service_digest"], "models": config.model_id}
+        return {"digest": config.experimental_configs[DIGEST_KEY], "models": config.model_id}

@@ -46,7 +46,7 @@ OWN_FIELDS = {
     "chat_template": "chat_template",
     "enable_prefix_caching": "prefix_caching",
 }
-# One more try than a node that is lost needs; Serve's own 20 would load a broken checkpoint 20 times.
+# The second is for a node lost while it loaded; Serve's own 20 would load a broken checkpoint 20 times.
 START_TRIES = 2
 TEXT_OF_TEMPLATE = ("{", "\n")
 
@@ -108,6 +108,11 @@ class Model(Section):
         if self.kind == "cpu" and self.accelerator_type:
             raise ValueError(
                 f"accelerator_type: expected null where kind is cpu, got {self.accelerator_type!r}"
+            )
+        if self.gpu_memory_fraction > self.gpus_per_worker:
+            raise ValueError(
+                f"gpu_memory_fraction: {self.gpu_memory_fraction:g} of a card of which gpus_per_worker has "
+                f"{self.gpus_per_worker:g}; expected at most that"
             )
         if isinstance(self.replicas, Scaling):
             target = self.replicas.target_ongoing_requests
@@ -233,13 +238,13 @@ def _engine_kwargs(model: Model) -> dict[str, Any]:
     }
 
 
-def _placement(model: Model) -> dict[str, Any] | None:
-    """The bundles of the engine's workers; None for Ray's own of a whole card each."""
+def _placement(model: Model) -> dict[str, Any]:
+    """The bundles of the engine's workers. Tensors that are split stay within a node, where cards are linked;
+    a pipeline may cross nodes."""
     if model.kind == "cpu":
         return {"bundles": [{"CPU": model.num_cpus}]}
-    if model.gpus_per_worker < 1:
-        return {"bundle_per_worker": {"GPU": model.gpus_per_worker}}
-    return None
+    strategy = "STRICT_PACK" if model.pipeline_parallel == 1 else "PACK"
+    return {"bundle_per_worker": {"GPU": model.gpus_per_worker}, "strategy": strategy}
 
 
 def deployment_options(model: Model) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def application(folder: Path, **changes: Any) -> services.Service:
         ({"max_ongoing_requests": 0}, "max_ongoing_requests: input should be greater than 0, got 0"),
         ({"replicas": {"max_replicas": 2, "target_ongoing_requests": 999}}, "999 can never be reached"),
         ({"kind": "cpu", "accelerator_type": "H100"}, "expected null where kind is cpu"),
+        ({"gpus_per_worker": 0.5}, "gpu_memory_fraction: 0.9 of a card of which gpus_per_worker has 0.5"),
         ({"chat_template": "no/such.jinja"}, "no such file"),
     ],
 )
