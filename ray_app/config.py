@@ -27,7 +27,7 @@ TOOL_NAMES: tuple[ToolName, ...] = ("enhance_reasoning", "search", "answer")
 OPERATIONAL_KEYS = frozenset(
     {"run_name", "concurrency", "workers", "attempts", "services", "endpoints_file", "prompts"}
 )
-MODEL_PLACE = frozenset({"endpoints", "timeout_s"})
+MODEL_PLACE = frozenset({"endpoints", "timeout_s", "first_token_s", "stall_s"})
 RETRIEVER_PLACE = frozenset({"service", "url", "timeout_s"})
 ENVIRONMENT_KEYS = {
     "CONCURRENCY": "concurrency",
@@ -75,7 +75,13 @@ class ModelConfig(Section):
     price: Price = Price()
     accepts_images: bool = False
     answer_format: Literal["tags", "boxed"] = "tags"
-    timeout_s: float = Field(600.0, gt=0)
+    timeout_s: float = Field(600.0, gt=0, description="of a call with all its attempts")
+    first_token_s: float | None = Field(
+        None, gt=0, description="an endpoint that sends nothing for this long is given up for another attempt"
+    )
+    stall_s: float = Field(
+        120.0, gt=0, description="the same, once its answer has begun and no more of it comes"
+    )
     token_limit_field: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens", description="what the endpoint calls it; OpenAI's reasoning models want the second"
     )

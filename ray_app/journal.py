@@ -235,6 +235,7 @@ class Journal:
                 self.usage.prompt_tokens + output.usage.prompt_tokens,
                 self.usage.completion_tokens + output.usage.completion_tokens,
                 self.usage.cached_tokens + output.usage.cached_tokens,
+                self.usage.reasoning_tokens + output.usage.reasoning_tokens,
             )
         return output
 
@@ -246,7 +247,9 @@ class Journal:
 def _failed(row: Event, error: BaseException) -> Event:
     message = str(error) if isinstance(error, EvalError) else f"{type(error).__name__}: {error}"
     row.status, row.error_kind, row.error = "error", kind_of(error), message[:2000]
-    row.retries = getattr(error, "retries", 0)
+    # Of a model call: where it went last, and what its attempts met.
+    row.retries, row.detail = getattr(error, "retries", 0), getattr(error, "faults", "")
+    row.endpoint, row.model = getattr(error, "endpoint", ""), getattr(error, "model", row.model)
     return row
 
 
@@ -274,8 +277,10 @@ def _chat_columns(reply: ChatReply) -> dict[str, Any]:
         "prompt_tokens": reply.usage.prompt_tokens,
         "cached_tokens": reply.usage.cached_tokens,
         "completion_tokens": reply.usage.completion_tokens,
+        "reasoning_tokens": reply.usage.reasoning_tokens,
         "cost_usd": reply.cost_usd,
         "retries": reply.retries,
+        "detail": reply.faults,
     }
 
 

@@ -67,6 +67,11 @@ class ModelServer:
     url: str = ""
     name: str = "m"
 
+    async def until_asked(self, times: int) -> None:
+        while len(self.requests) < times:
+            self.arrived.clear()
+            await self.arrived.wait()
+
     async def handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.requests.append(body)
