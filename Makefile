@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRA ?= cpu
 BIN := $(VENV)/bin
-BENCHES := baseline engine retriever
+BENCHES := baseline engine retriever chat
 
 .PHONY: setup hle test test-long check bench clean
 
