@@ -1,7 +1,7 @@
 """What the chat client costs: `python -m benchmarks.chat` (about 3 min).
 
-Streamed calls (32 chunks, each in a packet of its own, 8 kB prompt) at 512 in flight against a stub in its own
-process: ours (`Router.complete`), bare aiohttp (the same session, body and JSON parser; reads the events and
+Streamed calls (32 chunks, each in its own packet, 8 kB prompt) at 512 in flight against a stub in a process
+of its own: ours (`Router.complete`), bare aiohttp (the same session, body and JSON parser; reads the events and
 joins the text, nothing else) and the openai SDK on plain httpx. They take turns; CPU is this process's. First
 20,000 calls of ours, over which descriptors and memory are watched. `--quick` is smaller and judges nothing.
 """
@@ -113,8 +113,7 @@ def bare(url: str, pool: int) -> Iterator[tuple[Ask, Callable[[], Awaitable[None
                     if line.startswith(b"data: ") and line != b"data: [DONE]":
                         chunk = json.loads(line[6:])
                         usage = chunk.get("usage") or usage
-                        for choice in chunk["choices"]:
-                            text.append(choice["delta"].get("content") or "")
+                        text += [choice["delta"].get("content") or "" for choice in chunk["choices"]]
         assert usage is not None
         return "".join(text)
 
