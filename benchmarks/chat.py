@@ -1,7 +1,7 @@
 """What the chat client costs: `python -m benchmarks.chat` (about 3 min).
 
 Streamed calls (32 chunks, each in its own packet, 8 kB prompt) at 512 in flight against a stub in a process
-of its own: ours (`Router.complete`), bare aiohttp (the same session, body and JSON parser; reads the events and
+of its own: ours (`Router.complete`), bare aiohttp (the same session, body and JSON parser; reads events and
 joins the text, nothing else) and the openai SDK on plain httpx. They take turns; CPU is this process's. First
 20,000 calls of ours, over which descriptors and memory are watched. `--quick` is smaller and judges nothing.
 """

@@ -9,6 +9,7 @@ passed over. A home is left for good only when it is unhealthy.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from typing import Protocol, TypeVar
@@ -69,11 +70,11 @@ class Homes:
 
 
 def first_choice(session: str, targets: Sequence[T]) -> T:
-    """The first by rank with fewer open calls than HEADROOM times its share, this call included."""
+    """The first by rank that would have at most HEADROOM times its share of the open calls."""
     share = (sum(target.open for target in targets) + 1) / len(targets)
-    room = max(int(HEADROOM * share), 1)
+    room = max(int(HEADROOM * share), math.ceil(share))  # so that one of them has room
     ranked = sorted(targets, key=lambda target: _rank(session, target.url))
-    return next((target for target in ranked if target.open < room), ranked[0])
+    return next(target for target in ranked if target.open < room)
 
 
 def _rank(session: str, url: str) -> bytes:

@@ -141,7 +141,7 @@ class Router:
         ending: Ending = "cancelled"
         try:
             answered = await route.ask(self._connections.session(), call.body, call.request.session, limits)
-            ending, tokens = "ok", answered.completion.usage.completion_tokens
+            ending, tokens = "ok", answered.answer.usage.completion_tokens
             prefill_s = answered.first - answered.sent
             route.answered()
             return answered
@@ -175,19 +175,18 @@ class Router:
         )
 
     def _reply(self, call: _Call, route: Route, answered: Answered) -> ChatReply:
-        completion = answered.completion
-        usage = completion.usage
+        answer = answered.answer
         return ChatReply(
-            content=completion.content,
-            tool_calls=completion.tool_calls,
-            finish_reason=completion.finish_reason,
-            usage=usage,
-            model=completion.model or call.request.model,
+            content=answer.content,
+            tool_calls=answer.tool_calls,
+            finish_reason=answer.finish_reason,
+            usage=answer.usage,
+            model=answer.model or call.request.model,
             endpoint=route.url,
             queue_s=answered.sent - call.started,
             prefill_s=answered.first - answered.sent,
             decode_s=answered.done - answered.first,
-            cost_usd=cost(usage, call.model),
+            cost_usd=cost(answer.usage, call.model),
             retries=len(call.faults),
             faults=",".join(call.faults),
         )

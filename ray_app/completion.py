@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ray_app.records import ToolCall, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """An answer that is complete. `model` is what the endpoint calls itself, "" where it does not."""
+
+    content: str
+    tool_calls: tuple[ToolCall, ...]
+    finish_reason: str
+    usage: Usage
+    model: str
 
 
 class Completion:
@@ -55,28 +67,23 @@ class Completion:
             call["name"] += function.get("name") or ""
             call["arguments"] += function.get("arguments") or ""
 
-    @property
-    def content(self) -> str:
-        return _paired("".join(self._content))
-
-    @property
-    def tool_calls(self) -> tuple[ToolCall, ...]:
+    def whole(self) -> Whole:
+        """What has come, put together."""
         calls = (call for _, call in sorted(self._calls.items()))
-        return tuple(ToolCall(call["id"], call["name"], _paired(call["arguments"])) for call in calls)
+        tools = (ToolCall(call["id"], call["name"], _paired(call["arguments"])) for call in calls)
+        content = _paired("".join(self._content))
+        return Whole(content, tuple(tools), self.finish_reason, _usage(self._usage or {}), self.model)
 
-    @property
-    def usage(self) -> Usage:
-        counted = self._usage
-        if counted is None:
-            return Usage()
-        prompt = counted.get("prompt_tokens_details") or {}
-        completion = counted.get("completion_tokens_details") or {}
-        return Usage(
-            int(counted.get("prompt_tokens") or 0),
-            int(counted.get("completion_tokens") or 0),
-            int(prompt.get("cached_tokens") or 0),
-            int(completion.get("reasoning_tokens") or 0),
-        )
+
+def _usage(counted: Mapping[str, Any]) -> Usage:
+    prompt = counted.get("prompt_tokens_details") or {}
+    completion = counted.get("completion_tokens_details") or {}
+    return Usage(
+        int(counted.get("prompt_tokens") or 0),
+        int(counted.get("completion_tokens") or 0),
+        int(prompt.get("cached_tokens") or 0),
+        int(completion.get("reasoning_tokens") or 0),
+    )
 
 
 def _paired(text: str) -> str:

@@ -20,7 +20,7 @@ import aiohttp
 from yarl import URL
 
 from ray_app import faults
-from ray_app.completion import Completion
+from ray_app.completion import Completion, Whole
 from ray_app.config import Endpoint
 from ray_app.errors import ConfigError, EndpointError, Refusal
 from ray_app.faults import Fault, malformed
@@ -49,7 +49,7 @@ class TimeLimits(NamedTuple):
 class Answered:
     """A complete answer, and when (monotonic seconds) it was asked for, began and ended."""
 
-    completion: Completion
+    answer: Whole
     sent: float
     first: float
     done: float
@@ -113,6 +113,7 @@ class Route:
                 if reply.status != 200:
                     raise await self._refused(reply)
                 first = await reader.read(reply, timer)
+                answer = reader.whole()
         except Fault as fault:
             raise self._discreet(fault) from None
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
@@ -120,7 +121,7 @@ class Route:
                 raise reader.late(loop.time() - sent) from None
             raise faults.of_connection(error, self.url) from None
         done = loop.time()
-        return Answered(reader.completion, sent, first or done, done)
+        return Answered(answer, sent, first or done, done)
 
     async def listed(self, http: aiohttp.ClientSession, timeout_s: float) -> list[Mapping[str, Any]] | None:
         """What `/models` lists; None where the endpoint has no such list. Raises Fault."""
@@ -163,7 +164,7 @@ class _Reader:
     """Reads one answer."""
 
     def __init__(self, route: Route, limits: TimeLimits) -> None:
-        self.completion = Completion()
+        self._answer = Completion()
         self._url = route.url
         self._limits = limits
         self._has_begun = False
@@ -173,13 +174,10 @@ class _Reader:
         kind = reply.content_type
         if kind.endswith("json"):
             self._take([await reply.read()])
-            self._check()
             return None
         if not kind.startswith("text/event-stream") and kind != "application/octet-stream":
             raise malformed(self._url, f"expected an event stream, got {kind}")
-        first = await self._stream(reply.content, timer)
-        self._check()
-        return first
+        return await self._stream(reply.content, timer)
 
     async def _stream(self, content: aiohttp.StreamReader, timer: asyncio.Timeout) -> float | None:
         parser, first = EventParser(), None
@@ -216,14 +214,14 @@ class _Reader:
                     raise faults.of_stream(faults.complaint({"error": error}), self._url)
                 if chunk.get("object") == "error":
                     raise faults.of_stream(faults.complaint(chunk), self._url)
-                has_token = self.completion.add(chunk) or has_token
+                has_token = self._answer.add(chunk) or has_token
             except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
                 raise malformed(self._url, error) from None
         return has_token, False
 
-    def _check(self) -> None:
-        """Raises Fault for an answer that is not whole."""
-        answer = self.completion
+    def whole(self) -> Whole:
+        """The answer. Raises Fault for one that is not whole."""
+        answer = self._answer
         if not answer.has_choice:
             raise Fault("empty", EndpointError(f"endpoint {self._url}: an answer without a choice"))
         if not answer.finish_reason:
@@ -232,6 +230,10 @@ class _Reader:
         if answer.finish_reason == "content_filter":
             refused = f"endpoint {self._url}: its content filter stopped the answer"
             raise Fault("content_filter", Refusal(refused))
+        try:
+            return answer.whole()
+        except (ValueError, TypeError, AttributeError) as error:
+            raise malformed(self._url, error) from None
 
     def late(self, waited_s: float) -> Fault:
         if self._has_begun:

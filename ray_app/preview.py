@@ -59,10 +59,8 @@ class Probed:
     def line(self) -> str:
         tokens = self.usage.prompt_tokens + self.usage.completion_tokens
         if self.cost_usd > 0:
-            return (
-                f"Nothing was started. The probe of the routes used {tokens:,} tokens: ${self.cost_usd:.4f}."
-            )
-        used = f" The probe of the routes used {tokens:,} tokens, free of charge." if tokens else ""
+            return f"Nothing was started. Probing the routes used {tokens:,} tokens: ${self.cost_usd:.4f}."
+        used = f" Probing the routes used {tokens:,} tokens, free of charge." if tokens else ""
         return f"Nothing was started or paid.{used}"
 
 

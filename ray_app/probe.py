@@ -92,7 +92,7 @@ async def examine(
     except Fault as fault:
         lacks = "does not answer with tools" if with_tools else "does not answer"
         return replace(listed, problem=f"{lacks}: {str(fault.error).removeprefix(f'endpoint {route.url}: ')}")
-    answer = answered.completion
+    answer = answered.answer
     notes = (*listed.notes, f"answers in {answered.done - answered.sent:.2g} s")
     if with_tools:
         chose = any(call.name == "ready" for call in answer.tool_calls)
