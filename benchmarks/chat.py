@@ -122,10 +122,10 @@ def bare(url: str, pool: int) -> Iterator[tuple[Ask, Callable[[], Awaitable[None
 
 @contextmanager
 def sdk(url: str, pool: int) -> Iterator[tuple[Ask, Callable[[], Awaitable[None]]]]:
-    import httpx  # only compared with, and not loaded while memory is watched
+    import httpx2  # the SDK's httpx; only compared with, and not loaded while memory is watched
     import openai
 
-    limits = httpx.Limits(max_connections=pool, max_keepalive_connections=pool)
+    limits = httpx2.Limits(max_connections=pool, max_keepalive_connections=pool)
     http = openai.DefaultAsyncHttpxClient(limits=limits, trust_env=False)
     client = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, http_client=http)
 

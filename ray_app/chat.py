@@ -18,10 +18,10 @@ from typing import Any, Protocol
 
 from ray_app import probe as probing
 from ray_app.balance import Homes
-from ray_app.config import ModelConfig, Sampling
+from ray_app.config import ModelConfig, Price, Sampling
 from ray_app.connections import Connections
 from ray_app.endpoint import Answered, Route, TimeLimits, endpoint_url
-from ray_app.errors import EndpointError
+from ray_app.errors import EndpointError, Refusal
 from ray_app.faults import Fault
 from ray_app.records import ChatReply, Message, Usage
 from ray_app.slots import Ending, RouteKey, Sample, Slots
@@ -116,7 +116,7 @@ class Router:
             route = call.route = self._pick(call)
             route.open += 1
             try:
-                return self._reply(call, route, await self._attempt(call, route))
+                return _allowed(self._reply(call, route, await self._attempt(call, route)))
             except Fault as met:
                 fault = met
             finally:
@@ -218,6 +218,15 @@ class Router:
         await self._connections.close()
 
 
+def _allowed(reply: ChatReply) -> ChatReply:
+    """The reply. Raises Refusal, which has it, where the endpoint's content filter stopped it."""
+    if reply.finish_reason == "content_filter":
+        refusal = Refusal(f"endpoint {reply.endpoint}: its content filter stopped the answer")
+        refusal.reply = reply
+        raise refusal
+    return reply
+
+
 def _body(request: ChatRequest, model: ModelConfig) -> dict[str, Any]:
     sampling = request.sampling
     optional = {
@@ -251,8 +260,8 @@ def as_openai(message: Message) -> dict[str, Any]:
 
 
 def cost(usage: Usage, model: ModelConfig) -> float:
-    """US dollars of one call at the model's prices (dollars per million tokens)."""
-    price = model.price
+    """US dollars of one call at the model's prices (dollars per million tokens); 0 where it has none."""
+    price = model.price or Price()
     cached_price = price.input if price.cached_input is None else price.cached_input
     fresh = usage.prompt_tokens - usage.cached_tokens
     total = fresh * price.input + usage.cached_tokens * cached_price + usage.completion_tokens * price.output

@@ -22,7 +22,7 @@ from yarl import URL
 from ray_app import faults
 from ray_app.completion import Completion, Whole
 from ray_app.config import Endpoint
-from ray_app.errors import ConfigError, EndpointError, Refusal
+from ray_app.errors import ConfigError, EndpointError
 from ray_app.faults import Fault, malformed
 from ray_app.slots import RouteKey, Slots
 from ray_app.sse import EventParser
@@ -227,9 +227,6 @@ class _Reader:
         if not answer.finish_reason:
             cut = EndpointError(f"endpoint {self._url}: the stream ended in the middle of an answer")
             raise Fault("truncated", cut)
-        if answer.finish_reason == "content_filter":
-            refused = f"endpoint {self._url}: its content filter stopped the answer"
-            raise Fault("content_filter", Refusal(refused))
         try:
             return answer.whole()
         except (ValueError, TypeError, AttributeError) as error:

@@ -96,8 +96,10 @@ async def test_a_streamed_reply_is_put_together_with_usage_times_and_price() -> 
     ],
 )
 async def test_a_passing_fault_is_tried_again_and_counted_by_its_name(fault: object, name: str) -> None:
-    settings = {"first_token_s": 0.3, "stall_s": 0.3}
-    async with serving(fault, fault, GOOD) as server, routed(server.url, **settings) as router:
+    async with (
+        serving(fault, fault, GOOD) as server,
+        routed(server.url, first_token_s=0.3, stall_s=0.3) as router,
+    ):
         reply = await asyncio.wait_for(router.complete(REQUEST), 5)
     assert (reply.content, reply.retries, len(server.requests)) == ("Hello", 2, 3)
     assert (reply.faults, reply.endpoint) == (f"{name},{name}", server.url)
@@ -220,7 +222,7 @@ async def test_a_probe_says_what_is_wrong_with_a_route() -> None:
 async def test_an_examination_asks_each_endpoint_for_tokens_and_a_tool_call() -> None:
     ready = [{"index": 0, "id": "t", "function": {"name": "ready", "arguments": "{}"}}]
     calls = [chunk({"tool_calls": ready}, "tool_calls"), usage(20, 4)]
-    refusal = (400, {"message": "this model has no tool parser"}, {})
+    refusal = (400, {"message": "this model has no tool parser"}, dict[str, str]())
     async with (
         serving(calls, max_model_len=40_960) as able,
         serving(GOOD) as unwilling,
@@ -337,7 +339,7 @@ async def test_reasoning_is_no_part_of_the_answer_but_its_first_token_is_the_fir
 
 async def test_a_redirect_is_not_followed_and_a_key_is_never_repeated() -> None:
     moved = (307, {"message": "elsewhere"}, {"location": "http://127.0.0.1:1/v1"})
-    denied = (401, {"message": "Incorrect API key provided: named-key"}, {})
+    denied = (401, {"message": "Incorrect API key provided: named-key"}, dict[str, str]())
     environ = {"MODEL_KEY": "named-key"}
     async with serving(moved, denied) as server, routed(server.url, environ=environ) as router:
         with pytest.raises(AccessDenied, match=r"redirects to http://127.0.0.1:1/v1"):

@@ -32,6 +32,7 @@ OPTIONAL = {
         "reasoning_tokens",
     ),
     *("cost_usd", "local_hits", "web_hits", "exit_status", "outcome", "is_correct", "confidence"),
+    *("web_calls", "context_tokens", "context_cut"),
 }
 
 
