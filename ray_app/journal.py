@@ -277,10 +277,18 @@ def _put(row: Event, columns: Mapping[str, Any] | None) -> None:
 def _failed(row: Event, error: BaseException) -> Event:
     message = str(error) if isinstance(error, EvalError) else f"{type(error).__name__}: {error}"
     row.status, row.error_kind, row.error = "error", kind_of(error), message[:2000]
-    # Of a model call: where it went last, and what its attempts met.
-    row.retries, row.detail = getattr(error, "retries", 0), getattr(error, "faults", "")
-    row.endpoint, row.model = getattr(error, "endpoint", ""), getattr(error, "model", row.model)
+    row.model = getattr(error, "model", row.model)
+    _put(row, tried(error))
     return row
+
+
+def tried(error: BaseException) -> dict[str, Any]:
+    """Columns of a model call that failed: where it went last, how often, and what its attempts met."""
+    return {
+        "endpoint": getattr(error, "endpoint", ""),
+        "retries": getattr(error, "retries", 0),
+        "detail": getattr(error, "faults", ""),
+    }
 
 
 def _encode_chat(reply: ChatReply, keep: Callable[[str], str]) -> str:
