@@ -15,8 +15,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,8 +81,8 @@ class Watch:
             await asyncio.sleep(SAMPLE_S)
 
 
-@contextmanager
-def ours(url: str, pool: int) -> Iterator[tuple[Ask, Callable[[], Awaitable[None]]]]:
+@asynccontextmanager
+async def ours(url: str, pool: int) -> AsyncIterator[Ask]:
     model = ModelConfig(endpoints=(Endpoint(base_url=url),))
     router = Router({MODEL: model}, {}, environ={}, max_connections=pool)
 
@@ -93,11 +93,14 @@ def ours(url: str, pool: int) -> Iterator[tuple[Ask, Callable[[], Awaitable[None
             await router.complete(ChatRequest(MODEL, (Message("user", PROMPT),), sampling, session=session))
         ).content
 
-    yield ask, router.close
+    try:
+        yield ask
+    finally:
+        await router.close()
 
 
-@contextmanager
-def bare(url: str, pool: int) -> Iterator[tuple[Ask, Callable[[], Awaitable[None]]]]:
+@asynccontextmanager
+async def bare(url: str, pool: int) -> AsyncIterator[Ask]:
     """The same session and parser, and no more than it takes to read the text and the usage."""
     session = new_session(pool)
     address, headers = f"{url}/chat/completions", {"content-type": "application/json"}
@@ -117,11 +120,12 @@ def bare(url: str, pool: int) -> Iterator[tuple[Ask, Callable[[], Awaitable[None
         assert usage is not None
         return "".join(text)
 
-    yield ask, session.close
+    async with session:
+        yield ask
 
 
-@contextmanager
-def sdk(url: str, pool: int) -> Iterator[tuple[Ask, Callable[[], Awaitable[None]]]]:
+@asynccontextmanager
+async def sdk(url: str, pool: int) -> AsyncIterator[Ask]:
     import httpx2  # the SDK's httpx; only compared with, and not loaded while memory is watched
     import openai
 
@@ -137,7 +141,8 @@ def sdk(url: str, pool: int) -> Iterator[tuple[Ask, Callable[[], Awaitable[None]
                 text += [choice.delta.content or "" for choice in chunk.choices]
         return "".join(text)
 
-    yield ask, client.close
+    async with client:
+        yield ask
 
 
 WAYS = {"ours": ours, "bare aiohttp": bare, "openai SDK on httpx": sdk}
@@ -169,20 +174,19 @@ async def _all(ask: Ask, size: Size, calls: int, expected: Sequence[str]) -> Non
 async def measured(way: str, url: str, size: Size, expected: Sequence[str]) -> Round:
     """One round of one way, connections warm."""
     calls = size.sdk_calls if way.startswith("openai") else size.calls
-    with WAYS[way](url, size.in_flight) as (ask, close):
+    async with WAYS[way](url, size.in_flight) as ask:
         await _all(ask, size, size.in_flight, expected)
         gc.collect()
         cpu, started = time.process_time(), time.monotonic()
         await _all(ask, size, calls, expected)
         spent, took = time.process_time() - cpu, time.monotonic() - started
-        await close()
     return Round(1000 * spent / calls, calls / took)
 
 
 async def soaked(url: str, size: Size, expected: Sequence[str]) -> Watch:
     """Ours, for long; the watch begins after a tenth of the calls."""
     watch = Watch()
-    with ours(url, size.in_flight) as (ask, close):
+    async with ours(url, size.in_flight) as ask:
         await _all(ask, size, size.soak_calls // 10, expected)
         gc.collect()
         watching = asyncio.create_task(watch.go_on())
@@ -190,7 +194,6 @@ async def soaked(url: str, size: Size, expected: Sequence[str]) -> Watch:
         watching.cancel()
         gc.collect()
         watch.look()
-        await close()
     return watch
 
 

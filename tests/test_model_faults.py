@@ -211,8 +211,8 @@ async def test_every_fault_ends_in_its_class_and_no_call_is_lost(cluster: None, 
     assert (tally.planned, tally.pending) == (len(tasks), 0)
     assert sum(tally.counts.values()) == len(tasks)
     calls = events.read(tmp_path / "run", where={"kind": {"model_call"}}).read_all().to_pylist()
-    # Each request that came to an endpoint is an attempt in the log, and the other way about. A prompt that is
-    # too long is shortened and asked again, which is a row of its own.
+    # Each request that came to an endpoint is an attempt in the log, and the other way about. A prompt that
+    # is too long is shortened and asked again, which is a row of its own.
     cut = events.read(tmp_path / "run", where={"kind": {"overflow"}}).read_all().to_pylist()
     attempts = sum(row["retries"] + 1 for row in [*calls, *cut])
     assert attempts == sum(endpoints.requests.values()) == sum(endpoints.asked.values())
