@@ -64,8 +64,8 @@ class Route:
         self.open = 0
         self._faults = 0
         self._out_until = float("-inf")
-        self._chat_url = URL(url.rstrip("/") + "/chat/completions")
-        self._models_url = URL(url.rstrip("/") + "/models")
+        self._chat_url = _address(url, "/chat/completions")
+        self._models_url = _address(url, "/models")
         self._proxy = _proxy(url)
         self._secret = _secret(endpoint, environ)
         self._headers = {"accept-encoding": "identity"}
@@ -247,6 +247,16 @@ async def _end(content: aiohttp.StreamReader) -> None:
         async with asyncio.timeout(END_WAIT_S):
             while await content.readany():
                 pass
+
+
+def _address(url: str, path: str) -> URL:
+    try:
+        address = URL(url.rstrip("/") + path)
+    except ValueError:
+        address = URL()
+    if address.scheme not in {"http", "https"} or not address.host:
+        raise ConfigError(f"endpoint {url!r}: expected a base URL such as http://127.0.0.1:8000/v1")
+    return address
 
 
 def _secret(endpoint: Endpoint, environ: Mapping[str, str]) -> str:

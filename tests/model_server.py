@@ -11,6 +11,8 @@ from typing import Any
 
 from aiohttp import web
 
+PAUSE_S = 0.05
+
 
 def chunk(delta: dict[str, Any], finish: str | None = None) -> str:
     choice = {"index": 0, "delta": delta, "finish_reason": finish}
@@ -60,7 +62,7 @@ class ModelServer:
     """Answers each request by the next behaviour, the last one for ever; counts what it was asked.
 
     A behaviour is (status, error, headers), "hang" after the headers, a whole response, or the data of a
-    stream's events, in which "reset" and "hang" stand for themselves.
+    stream's events, in which "reset", "hang" and "pause" stand for themselves.
     """
 
     behaviours: list[Any]
@@ -114,6 +116,9 @@ class ModelServer:
         reply = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await reply.prepare(request)
         for line in lines:
+            if line == "pause":
+                await asyncio.sleep(PAUSE_S)
+                continue
             if line == "reset":
                 assert request.transport is not None
                 request.transport.abort()

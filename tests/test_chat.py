@@ -3,6 +3,7 @@ import json
 import random
 import socket
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -11,14 +12,14 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from ray_app import chat
+from ray_app import chat, endpoint
 from ray_app.chat import ChatRequest, Router
 from ray_app.config import Endpoint, ModelConfig, Price, Sampling
 from ray_app.errors import AccessDenied, ConfigError, ContextOverflow, EndpointError, Refusal
 from ray_app.journal import CHAT
 from ray_app.records import Message, Task, ToolCall, Usage
 from ray_app.slots import RouteKey
-from tests.model_server import GOOD, chunk, serving, usage
+from tests.model_server import GOOD, PAUSE_S, chunk, serving, usage
 from tests.stand_ins import MemoryLog, journal
 
 REQUEST = ChatRequest("m", (Message("user", "hi"),), Sampling(temperature=0.5, max_tokens=7), session="s-1")
@@ -96,9 +97,10 @@ async def test_a_streamed_reply_is_put_together_with_usage_times_and_price() -> 
     ],
 )
 async def test_a_passing_fault_is_tried_again_and_counted_by_its_name(fault: object, name: str) -> None:
+    first_token_s, stall_s = 0.2 if name == "timeout" else 20, 0.2 if name == "stall" else 20
     async with (
         serving(fault, fault, GOOD) as server,
-        routed(server.url, first_token_s=0.3, stall_s=0.3) as router,
+        routed(server.url, first_token_s=first_token_s, stall_s=stall_s) as router,
     ):
         reply = await asyncio.wait_for(router.complete(REQUEST), 5)
     assert (reply.content, reply.retries, len(server.requests)) == ("Hello", 2, 3)
@@ -168,7 +170,7 @@ async def test_a_dead_endpoint_is_passed_over_while_another_lives() -> None:
         unused.bind(("127.0.0.1", 0))
         dead = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
         async with serving(GOOD) as server, routed(dead, server.url) as router:
-            replies = [await router.complete(of_session(n)) for n in range(8)]
+            replies = [await router.complete(of_session(n)) for n in range(24)]
     assert {reply.endpoint for reply in replies} == {server.url}
     # Which of them is first at home at the dead one is a matter of their names; nobody is after that.
     assert [reply.faults for reply in replies if reply.retries] == ["connect"]
@@ -198,6 +200,12 @@ async def test_the_environment_changes_no_route_and_leaks_no_key(monkeypatch: py
             await router.complete(REQUEST)
     assert not [value for headers in server.headers for value in headers.values() if "secret" in value]
     assert server.headers[1]["authorization"] == "Bearer named-key"
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000/v1", "http://host:port/v1", "ftp://host/v1", "http:///v1"])
+def test_an_address_that_is_none_is_a_mistake_of_the_user(url: str) -> None:
+    with pytest.raises(ConfigError, match="expected a base URL"):
+        Router({"m": ModelConfig(endpoints=(Endpoint(base_url=url),))}, {}, environ={})
 
 
 async def test_a_named_key_that_is_not_set_is_a_mistake_of_the_user() -> None:
@@ -244,9 +252,10 @@ async def test_an_examination_asks_each_endpoint_for_tokens_and_a_tool_call() ->
 async def test_one_hang_leaves_time_for_another_endpoint() -> None:
     async with serving("hang") as stuck, serving(GOOD) as good:
         async with routed(stuck.url, good.url, timeout_s=5.0, first_token_s=0.2) as router:
-            replies = [await router.complete(of_session(number)) for number in range(4)]
+            replies = [await router.complete(of_session(number)) for number in range(24)]
         assert {reply.endpoint for reply in replies} == {good.url}
-        assert {reply.faults for reply in replies} == {"timeout", ""}
+        faults = Counter(reply.faults for reply in replies)
+        assert faults == {"timeout": endpoint.FAULTS_IN_A_ROW, "": 24 - endpoint.FAULTS_IN_A_ROW}
         await asyncio.wait_for(stuck.closed_early.wait(), 5)
 
 
@@ -292,7 +301,7 @@ async def test_a_call_waits_for_a_slot_of_its_route_within_its_deadline() -> Non
 
 
 async def test_connections_are_used_again_and_never_more_than_the_pool() -> None:
-    async with serving(GOOD) as server:
+    async with serving(GOOD, [*GOOD, "[DONE]", "pause"]) as server:  # whose end comes later, too
         async with routed(server.url) as router:
             for _ in range(5):
                 await router.complete(REQUEST)
@@ -335,6 +344,10 @@ async def test_reasoning_is_no_part_of_the_answer_but_its_first_token_is_the_fir
     ]
     async with serving(halves) as server, routed(server.url) as router:
         assert (await router.complete(REQUEST)).content == "a\U0001f600b"
+    late = [chunk({"reasoning": "hm"}), "pause", chunk({"content": "ab"}, "stop")]
+    async with serving(late) as server, routed(server.url) as router:
+        reply = await router.complete(REQUEST)
+    assert reply.content == "ab" and reply.decode_s > 0.9 * PAUSE_S
 
 
 async def test_a_redirect_is_not_followed_and_a_key_is_never_repeated() -> None:

@@ -13,12 +13,22 @@ STREAM = (
     b"data:no space\n\n"
     b"event: message\nid: 7\nretry: 10\ndata:  two spaces\n\n"
     b"data: of two\rdata: lines\r\r"
+    b"data: of two\r\ndata: more\r\n\r\n"
     b"data:\n\n"
     b"data: caf\xc3\xa9\r\n\r\n"
     b"database: another field\n\n"
     b"data: [DONE]\n\n"
 )
-EVENTS = [b"first", b"no space", b" two spaces", b"of two\nlines", b"", "café".encode(), b"[DONE]"]
+EVENTS = [
+    b"first",
+    b"no space",
+    b" two spaces",
+    b"of two\nlines",
+    b"of two\nmore",
+    b"",
+    "café".encode(),
+    b"[DONE]",
+]
 
 
 def parsed(packets: list[bytes]) -> list[bytes]:
