@@ -18,7 +18,7 @@ from ray_app.config import Endpoint, ModelConfig, Price, Sampling
 from ray_app.errors import AccessDenied, ConfigError, ContextOverflow, EndpointError, Refusal
 from ray_app.journal import CHAT
 from ray_app.records import Message, Task, ToolCall, Usage
-from ray_app.slots import RouteKey
+from ray_app.slots import MAX_SAMPLES, RouteKey, Sample, Slots
 from tests.model_server import GOOD, PAUSE_S, chunk, serving, usage
 from tests.stand_ins import MemoryLog, journal
 
@@ -298,6 +298,15 @@ async def test_a_call_waits_for_a_slot_of_its_route_within_its_deadline() -> Non
             await router.complete(REQUEST)
         assert [sample.ending for sample in slots.take()] == ["cancelled", "ok"]
         assert (slots.in_flight, slots.waiting) == (0, 0)
+
+
+async def test_samples_that_nobody_takes_do_not_pile_up() -> None:
+    slots = Slots()
+    for number in range(2 * MAX_SAMPLES):
+        await slots.acquire()
+        slots.release(Sample("ok", number))
+    kept = slots.take()
+    assert (len(kept), kept[-1].duration_s, slots.take()) == (MAX_SAMPLES, 2 * MAX_SAMPLES - 1, [])
 
 
 async def test_connections_are_used_again_and_never_more_than_the_pool() -> None:
