@@ -99,6 +99,7 @@ class Job:
             "left_out": dict(self.data.left_out),
             "trials": config.trials,
             "sandbox": self._sandbox_fact(),
+            "unpriced": ", ".join(config.unpriced()),
             "commit": rundir.commit(),
         }
 

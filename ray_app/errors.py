@@ -26,7 +26,10 @@ names the class of failure in the event log.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from ray_app.records import ChatReply
 
 ErrorKind = Literal["infrastructure", "model", "tool", "judge", "limit", "user"]
 
@@ -35,6 +38,8 @@ class EvalError(Exception):
     """Base of every error that this system raises on purpose."""
 
     kind: ErrorKind = "infrastructure"
+    # Of a model call that failed although the endpoint answered: what it took is known, and paid for.
+    reply: ChatReply | None = None
 
 
 class UserError(EvalError):

@@ -206,7 +206,8 @@ def sandbox_of(config: RunConfig, isolation: tuple[str, ...]) -> Sandbox | None:
 
     async def run(code: str) -> ExecutionResult:
         async with slots:
-            return await run_python(code, limits, isolation)
+            result = await run_python(code, limits, isolation)
+        return replace(result, cost_usd=result.duration_s * config.code.usd_per_s)
 
     return run
 

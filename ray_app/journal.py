@@ -87,6 +87,7 @@ class Record:
 
     calls: Sequence[RecordedCall] = ()
     notes: frozenset[Note] = frozenset()
+    paid_usd: float = 0.0  # for all its calls, those that failed or were made twice too
 
 
 NOTHING = Record()
@@ -120,19 +121,25 @@ class Journal:
     tool: str = ""
     alias: str = ""
     made: int = 0  # calls completed, replayed ones too; their outputs are in the log, not here
+    # Of the calls that led here, replayed ones too: what the limits of the task count.
     usage: Usage = field(default_factory=Usage)
     cost_usd: float = 0.0
+    # Of every call of the task in any attempt: what its events in the log add up to.
+    paid_usd: float = 0.0
     live_model_calls: int = 0
     replayed: int = 0
     clock: Callable[[], float] = time.time
     timer: Callable[[], float] = time.monotonic
     watch: Watch | None = None
     keeper: Keeper | None = None
+    # Asked before each call, recorded ones too, so that a resume stops where the run did.
+    guard: Callable[[Journal], None] | None = None
     # Set when the attempt was given up: what still runs of it must pay for nothing more.
     is_closed: bool = False
 
     def __post_init__(self) -> None:
         self._known = {(call.call_seq, call.request_hash): call for call in self.record.calls}
+        self.paid_usd = self.record.paid_usd
         self.record = Record(notes=self.record.notes)  # each body leaves when it is served
         self._is_replaying = False
         # What all rows share: a row is made for each call, and `dataclasses.replace` costs ten times as much.
@@ -147,12 +154,16 @@ class Journal:
         *,
         role: Role = "",
         check: Callable[[T], object] | None = None,
+        columns: Mapping[str, Any] | None = None,
     ) -> T:
         """The recorded output of this call, or `perform()`'s, recorded before it is returned.
 
-        `request` is plain JSON data that decides the output. An output that `check` refuses (by
-        raising) is kept as evidence, counted, and never served again. Errors become events and rise.
+        `request` is plain JSON data that decides the output; `columns`, read when the call has ended, are
+        further ones of its event. An output that `check` refuses (by raising) is kept as evidence, counted,
+        and never served again. Errors become events and rise.
         """
+        if self.guard is not None:
+            self.guard(self)
         seq, request_hash = self.made, digest([codec.kind, request])
         known = self._known.pop((seq, request_hash), None)
         if known is not None:
@@ -168,10 +179,13 @@ class Journal:
             output = await self._watched(row, request, perform)
         except BaseException as error:  # a cancelled call may have been paid for too
             row.duration_s = self.timer() - started
-            self.sink.append(_failed(row, error))
+            _put(row, columns)
+            self.sink.append(self._with_price(_failed(row, error), error))
             raise
         row.duration_s = self.timer() - started
+        _put(row, columns)
         self.live_model_calls += codec.kind == "model_call"
+        self.paid_usd += _price(output)
         self._counted(output)
         try:
             if check is not None:
@@ -223,13 +237,20 @@ class Journal:
     def _write(self, codec: Codec[T], row: Event, output: T) -> None:
         body = codec.encode(output, lambda text: self.sink.payload(text, "text"))
         row.payload_hash = self.sink.payload(body)
-        for name, value in codec.columns(output).items():
-            setattr(row, name, value)
+        _put(row, codec.columns(output))
         self.sink.append(row)
 
+    def _with_price(self, row: Event, error: BaseException) -> Event:
+        """The row of a failed call; where the endpoint answered all the same, with what it took."""
+        reply = getattr(error, "reply", None)
+        if isinstance(reply, ChatReply):
+            _put(row, {name: value for name, value in _chat_columns(reply).items() if name != "retries"})
+            self.paid_usd += reply.cost_usd
+            self._counted(reply)
+        return row
+
     def _counted(self, output: T) -> T:
-        if isinstance(output, ChatReply | Retrieval):
-            self.cost_usd += output.cost_usd
+        self.cost_usd += _price(output)
         if isinstance(output, ChatReply):
             self.usage = Usage(
                 self.usage.prompt_tokens + output.usage.prompt_tokens,
@@ -241,6 +262,15 @@ class Journal:
     @property
     def elapsed_s(self) -> float:
         return self.timer() - self.started
+
+
+def _price(output: object) -> float:
+    return output.cost_usd if isinstance(output, ChatReply | Retrieval | ExecutionResult) else 0.0
+
+
+def _put(row: Event, columns: Mapping[str, Any] | None) -> None:
+    for name, value in (columns or {}).items():
+        setattr(row, name, value)
 
 
 def _failed(row: Event, error: BaseException) -> Event:
@@ -308,6 +338,7 @@ def _retrieval_columns(found: Retrieval) -> dict[str, Any]:
         "search_backend": "tavily_fallback" if web else "local_only",
         "local_hits": len(found.hits) - web,
         "web_hits": web,
+        "web_calls": found.web_calls,
         "cost_usd": found.cost_usd,
         "detail": found.web_error,
     }
@@ -323,7 +354,8 @@ def _decode_run(body: str, texts: Mapping[str, str]) -> ExecutionResult:
 
 
 def _run_columns(result: ExecutionResult) -> dict[str, Any]:
-    return {"exit_status": result.exit_status, "detail": ",".join(result.isolation)}
+    isolation = ",".join(result.isolation)
+    return {"exit_status": result.exit_status, "cost_usd": result.cost_usd, "detail": isolation}
 
 
 CHAT: Codec[ChatReply] = Codec("model_call", _encode_chat, _decode_chat, _chat_columns)

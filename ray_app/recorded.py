@@ -17,12 +17,11 @@ from ray_app.journal import Note, Record, RecordedCall, named_texts
 from ray_app.planning import Key
 
 CALL_KINDS = ("model_call", "retrieval", "code")
-COMPLETED = {"kind": CALL_KINDS, "status": {"ok"}}
 RETRY_S = 0.5
 NOTE_KINDS = ("turn", "tool_call", "verdict")
 _COLUMNS = (
     *("kind", "status", "rollout_key", "trial", "attempt", "epoch", "turn", "tool"),
-    *("call_seq", "request_hash", "payload_hash", "role", "alias"),
+    *("call_seq", "request_hash", "payload_hash", "role", "alias", "cost_usd"),
 )
 
 
@@ -75,12 +74,12 @@ class Recorder:
 
 
 def touched(run_dir: Path) -> set[Key]:
-    """The tasks of which the log has completed calls."""
+    """The tasks of which the log has calls."""
     if not (run_dir / "log").exists():
         return set()
     return {
         (row["rollout_key"], row["trial"])
-        for batch in events.read(run_dir, ["rollout_key", "trial"], where=COMPLETED)
+        for batch in events.read(run_dir, ["rollout_key", "trial"], where={"kind": CALL_KINDS})
         for row in batch.to_pylist()
     }
 
@@ -106,7 +105,12 @@ def records(run_dir: Path, keys: Collection[Key]) -> dict[Key, Record]:
         if row["kind"] in NOTE_KINDS:
             note = (row["kind"], row["turn"], row["tool"])
             notes.setdefault((row["rollout_key"], row["trial"]), set()).add(note)
-    return {key: Record(tuple(calls), frozenset(notes.get(key, ()))) for key, calls in found.items()}
+    paid: dict[Key, float] = {}
+    for row in rows:
+        if row["kind"] in CALL_KINDS:
+            key = row["rollout_key"], row["trial"]
+            paid[key] = paid.get(key, 0.0) + (row["cost_usd"] or 0.0)
+    return {key: Record(tuple(found.get(key, ())), frozenset(notes.get(key, ())), paid[key]) for key in paid}
 
 
 def _is_second_opinion(row: Mapping[str, Any]) -> bool:

@@ -31,6 +31,7 @@ OPTIONAL = {
         "completion_tokens",
     ),
     *("cost_usd", "local_hits", "web_hits", "exit_status", "outcome", "is_correct", "confidence"),
+    *("web_calls", "context_tokens", "context_cut"),
 }
 
 
