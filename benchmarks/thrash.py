@@ -26,11 +26,11 @@ class Points:
     def __call__(self, level: int) -> float:
         first, last = self.points[0], self.points[-1]
         if level <= first[0]:
-            return first[1] * (level / first[0]) ** 0.8
+            return float(first[1] * (level / first[0]) ** 0.8)
         for (low, slow), (high, fast) in pairwise(self.points):
             if level <= high:
                 return slow + (fast - slow) * math.log(level / low) / math.log(high / low)
-        return last[1] * (last[0] / level) ** 0.5
+        return float(last[1] * (last[0] / level) ** 0.5)
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Peak:
         at = level / self.peak
         if at <= 1:
             return self.rate * at * (1 + self.knee) / (at + self.knee)
-        return self.rate * (self.floor + (1 - self.floor) * at**-self.fall)
+        return float(self.rate * (self.floor + (1 - self.floor) * at**-self.fall))
 
 
-# Calls a second. The first two: tasks a minute that a published agent workload on one GPU had at 32, 64 and 128
-# in flight, times its 49 calls a task.
+# Calls a second. The first two: tasks a minute of an agent workload on one GPU, at 32, 64 and 128 in flight,
+# times its 49 calls a task.
 SEED = Points(((32, 3.08), (64, 3.37), (128, 2.65)))
 EARLY = Points(((16, 2.6), (32, 2.90), (64, 2.04), (128, 1.97)))
 SHARP = Peak(peak=12, rate=3.0, knee=0.5, fall=1.5, floor=0.1)
@@ -119,7 +119,7 @@ class VirtualEngine:
         return [(self.now - began, work)]
 
 
-def simulate(  # noqa: PLR0913  (an experiment is its settings)
+def simulate(
     curve: Curve,
     start: int,
     calls: int,

@@ -179,6 +179,8 @@ class Controller:
     def _add(self, seen: Observation) -> None:
         if seen.at_s - self._decreased_s > CALM_S:
             self._begin_climb(self.limit, 1)
+        elif any(sample.ending == "congested" for sample in seen.samples):
+            return  # still of the last episode
         elif self._since_change(seen) >= self._round_s(seen.at_s) and not self._holds(seen):
             self._set(self.limit + max(1, round(GROWTH * self.limit)), seen, "no congestion")
 
