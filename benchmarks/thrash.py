@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from ray_app.concurrency import Bounds, Controller, Observation
 from ray_app.slots import Sample
@@ -70,10 +71,15 @@ def drawn(seed: int) -> Peak:
     )
 
 
-def best(curve: Curve) -> tuple[int, float]:
+class Best(NamedTuple):
+    level: int
+    rate: float
+
+
+def best(curve: Curve) -> Best:
     """The best fixed limit and what it yields."""
     level = max(range(1, MOST + 1), key=curve)
-    return level, curve(level)
+    return Best(level, curve(level))
 
 
 @dataclass(frozen=True)
