@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from benchmarks import concurrency
-from benchmarks.concurrency import QUICK, Bounds, fixed_over_http, over_http
+from benchmarks.concurrency import QUICK, fixed_over_http, over_http
 from benchmarks.thrash import CURVES, best
+from ray_app.concurrency import Bounds
 
 
 def test_the_server_is_as_fast_as_its_curve_and_slower_beyond_its_peak() -> None:
