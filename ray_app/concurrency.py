@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ray_app.goodput import NARROW, WIDE, Goodput
+from ray_app.goodput import KEPT, NARROW, WIDE, Goodput
 from ray_app.slots import Sample
 
 Mode = Literal["start", "climb", "avoid"]
@@ -26,6 +26,8 @@ Mode = Literal["start", "climb", "avoid"]
 SHORTEST_ROUND_S, LONGEST_ROUND_S = 2.0, 10.0
 # A start that nothing speaks for or against goes no further than this.
 BLIND_MOST = 512
+# Nor where calls end at less than this share of the pace before.
+STALLED = 0.5
 # Calls that doubling is judged by.
 START_CALLS = 6
 # A route is at its limit when calls wait, or this share of it is used.
@@ -103,6 +105,8 @@ class Controller:
         self._ended = 0.0  # calls, at the present limit
         self._rest = float(REST_CALLS)
         self._tells_work, self._looked_far = False, 0
+        self._before = 0  # the limit before this one
+        self._pace = 0.0  # calls that ended a second at the limit before, in slow start
 
     def observe(self, seen: Observation) -> int:
         """The limit from now on, never below the floor."""
@@ -131,11 +135,26 @@ class Controller:
             self._tells_work = True
             self._goodput.forget()
         if self._tells_work:
-            is_draining = self._way < 0 and self.limit >= DRAIN_LEVEL
-            self._goodput.add(self.limit, seen.samples, WIDE if is_draining else NARROW)
+            self._goodput.add(self.limit, seen.samples, *self._near())
         elif self._ended >= self.limit / 2 and self._is_used(seen) and not self._is_over(seen):
             # Which calls end first after a change depends on how long they are: half must be new.
             self._goodput.count(self.limit, sum(sample.ending == "ok" for sample in seen.samples))
+
+    def _near(self) -> tuple[float, float]:
+        """What counts as the present level: less than half way (of factors) to the one before."""
+        low, high = self.limit / NARROW, self.limit * NARROW
+        between = math.sqrt(self.limit * (self._before or self.limit))
+        if self._before < self.limit:
+            low = max(low, between)
+        elif self._drains:
+            high = self.limit * WIDE
+        else:
+            high = min(high, between)
+        return low, high + 1
+
+    @property
+    def _drains(self) -> bool:
+        return self._before >= 2 * self.limit and self.limit >= DRAIN_LEVEL
 
     def _is_over(self, seen: Observation) -> bool:
         return seen.in_flight > NARROW * self.limit + 1
@@ -187,25 +206,29 @@ class Controller:
     # Slow start.
 
     def _double(self, seen: Observation) -> None:
-        here, half = self._goodput.at(self.limit), self._goodput.at(self._best)
         fewest = START_CALLS if self._tells_work else FEWEST_CALLS
-        is_known = here.calls >= fewest
-        is_worse = half.calls >= fewest and here.rate < 1.05 * half.rate
-        if is_known and is_worse and self.limit != self._best:
-            self._begin_climb(self._best, -1)
+        known = self._goodput.known(fewest)
+        here = known.pop(self.limit, None)
+        below = max(known, key=lambda level: known[level].rate, default=None)
+        if here and below and here.rate < 1.05 * known[below].rate:
+            self._begin_climb(below, -1)
             self._refused = {1}
-            self._set(self._best, seen, "twice as many yielded no more")
+            self._set(below, seen, "more yielded no more")
             return
         waited_s = self._since_change(seen)
-        if waited_s < (SHORTEST_ROUND_S if is_known else LONGEST_ROUND_S):
-            return
-        if seen.in_flight < USED * self.limit:
+        if seen.in_flight < USED * self.limit or waited_s < (SHORTEST_ROUND_S if here else LONGEST_ROUND_S):
             return
         if self.limit >= self.bounds.most or self._holds(seen):
             self._begin_climb(self.limit, -1)
-        elif is_known or (self.limit < BLIND_MOST and (self._tells_work or not self._duration_s)):
-            self._best = self.limit
+        elif here or self._may_go_blind(waited_s):
+            self._pace = self._ended / waited_s
             self._set(2 * self.limit, seen, "slow start")
+
+    def _may_go_blind(self, waited_s: float) -> bool:
+        """Nothing has lived at this limit yet. Where fewer calls end than did before, that is told enough."""
+        if self.limit >= BLIND_MOST or (self._duration_s and not self._tells_work):
+            return False
+        return self._ended / waited_s >= STALLED * self._pace
 
     # Hill climbing on what the limits yield.
 
@@ -270,11 +293,15 @@ class Controller:
     def _refuse(self, seen: Observation, gain: float) -> None:
         self._refused.add(self._way)
         self._way = -self._way
+        # What was seen of the best level while others drained tells less than what comes now.
+        self._goodput.revisit(self._best, 0.0 if self._step >= WIDE_STEP else KEPT)
+        self._rest = max(self._rest, FEWEST_CALLS + self._best / 2)
         self._set(self._best, seen, f"back: {gain:+.0%} work a second")
 
     def _within(self, limit: float) -> int:
         return max(self.bounds.floor, 1, min(round(limit), self.bounds.most))
 
     def _set(self, limit: int, seen: Observation, reason: str) -> None:
+        self._before = self.limit
         self.limit, self.reason = self._within(limit), f"{self.mode}: {reason}"
         self._changed_s, self._ended = seen.at_s, 0.0

@@ -21,8 +21,8 @@ MEMORY_CALLS = 400
 KEPT = 0.3
 # No estimate is better than this, relative: what calls have in common is not in their scatter.
 ERROR_FLOOR = 0.03
-# How far from its limit a level may be, as a factor, for a call that tells of it: strictly, and while many
-# calls drain, which would otherwise have to be waited for twice.
+# How far from its limit a level may be, as a factor, for a call that tells of it; and while many calls drain,
+# which would otherwise have to be waited for twice.
 NARROW, WIDE = 1.3, 2.0
 HISTORY_S = 1800.0
 
@@ -86,12 +86,12 @@ class Goodput:
         if len(self._times) > 2 * HISTORY_S and (old := bisect_left(self._times, at_s - HISTORY_S)):
             del self._times[:old], self._areas[:old], self._levels[:old]
 
-    def add(self, limit: int, samples: Iterable[Sample], width: float = NARROW) -> None:
-        """Count the calls that ended by the last observation, if they lived at about `limit`."""
+    def add(self, limit: int, samples: Iterable[Sample], low: float, high: float) -> None:
+        """Count the calls that ended by the last observation, and lived while `low` to `high` were open."""
         for sample in samples:
             if sample.ending == "cancelled" or sample.duration_s <= 0:
                 continue
-            level = self._level(sample.duration_s, limit, width)
+            level = self._level(sample.duration_s, low, high)
             if level is None:
                 continue
             work = max(1, sample.completion_tokens) if sample.ending == "ok" else 0
@@ -102,8 +102,8 @@ class Goodput:
         if len(self._times) > 1 and (span := self._times[-1] - self._times[-2]) > 0:
             self._sums.setdefault(limit, _Sums()).add(ended, span, ended)
 
-    def _level(self, duration_s: float, limit: int, width: float) -> float | None:
-        """The mean level during a life that ends now; None where it was not steady, or not at the limit."""
+    def _level(self, duration_s: float, low: float, high: float) -> float | None:
+        """The mean level during a life that ends now; None where it was not within the bounds throughout."""
         end = len(self._times) - 1
         began = self._times[end] - duration_s
         start = bisect_left(self._times, began)
@@ -113,7 +113,6 @@ class Goodput:
         start = min(start, end)
         span = self._times[end] - self._times[start]
         mean = (self._areas[end] - self._areas[start]) / span if span > 0 else float(self._levels[end])
-        low, high = limit / NARROW, limit * width + 1
         is_steady = all(low <= level <= high for level in (mean, self._levels[start], self._levels[end]))
         return mean if is_steady else None
 
@@ -124,7 +123,11 @@ class Goodput:
     def forget(self) -> None:
         self._sums = {}
 
-    def revisit(self, limit: int) -> None:
+    def known(self, calls: float) -> dict[int, Estimate]:
+        """Of each level with so many calls."""
+        return {level: sums.estimate() for level, sums in self._sums.items() if sums.calls >= calls}
+
+    def revisit(self, limit: int, kept: float = KEPT) -> None:
         """What was seen at `limit` before counts for less from now on."""
         if limit in self._sums:
-            self._sums[limit].fade(KEPT)
+            self._sums[limit].fade(kept)
