@@ -85,7 +85,7 @@ class Committer:
         self._tasks: list[asyncio.Task[None]] = []
 
     def append(self, event: Event) -> str:
-        if event.kind in PAID_KINDS:
+        if event.kind in PAID_KINDS and not event.is_replayed:
             self.spent_usd += event.cost_usd or 0.0
         event_id = self._log.append(event)
         self._wake.set()

@@ -246,3 +246,4 @@ class Event:
     web_calls: int | None = None
     context_tokens: int | None = None
     context_cut: int | None = None
+    error_type: str | None = None  # the class behind `error`, which `error_kind` only groups

@@ -56,7 +56,8 @@ def spent_usd(run_dir: Path) -> float:
     """What the calls of this run have cost so far; second opinions are no part of it."""
     query = f"""
         select coalesce(sum(cost_usd), 0.0) from events
-        where kind in ('model_call', 'retrieval', 'code') and not {events.SECOND_OPINION}
+        where kind in ('model_call', 'retrieval', 'code') and not coalesce(is_replayed, false)
+            and not {events.SECOND_OPINION}
     """
     with events.connect(run_dir) as log:
         return float(log.execute(query).fetchall()[0][0])

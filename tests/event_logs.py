@@ -64,6 +64,7 @@ FULL = Event(
     web_calls=13,
     context_tokens=14,
     context_cut=15,
+    error_type="ContextOverflow",
 )
 
 

@@ -23,6 +23,7 @@ from tests.event_logs import FULL, make_writer, names, read_numbers, read_rows, 
 OPTIONAL = {
     *(
         "error_kind",
+        "error_type",
         "queue_s",
         "prefill_s",
         "decode_s",

@@ -14,13 +14,23 @@ from analysis.summary import summarise
 from ray_app import recorded
 from ray_app.chat import ChatRequest, Router
 from ray_app.engine import result_event
-from ray_app.errors import LimitReached, Refusal
+from ray_app.errors import (
+    ContextOverflow,
+    Diverged,
+    EndpointError,
+    EvalError,
+    LimitReached,
+    Refusal,
+    ToolError,
+    kind_of,
+)
 from ray_app.hle import make_solver, sandbox_of
-from ray_app.journal import CHAT, RETRIEVAL, Journal, Record
+from ray_app.journal import CHAT, RETRIEVAL, End, Journal, Record, RecordedCall, RecordedError
 from ray_app.options import Options
 from ray_app.planning import WorkItem
 from ray_app.prompting import load_prompts
 from ray_app.records import ChatReply, Event, Hit, Retrieval, Task, Usage
+from ray_app.retrieval.index import UnknownScope
 from ray_app.sandbox import available_isolation
 from ray_app.worker import unfinished
 from tests.event_logs import make_writer, read_rows
@@ -104,6 +114,73 @@ async def test_the_spending_limit_of_a_task_counts_the_web() -> None:
     with pytest.raises(LimitReached, match=r"\$0\.0400 spent"):
         await solver.solve(TASK, own)
     assert len(source.queries) == 2
+
+
+def whole(log: MemoryLog, end: RecordedError | None = None) -> Record:
+    return replace(log.record(), end=End(end))
+
+
+async def test_a_call_that_is_not_in_a_whole_record_never_goes_out_and_says_where_it_parts() -> None:
+    log, now = MemoryLog(), MemoryLog()
+    own = journal(TASK, log)
+    own.turn, own.tool, own.alias = 2, "search", "search-1"
+    await retrieved(own)
+    replay = journal(TASK, now, whole(log))
+    replay.turn, replay.tool, replay.alias = 2, "search", "search-2"
+    with pytest.raises(Diverged, match=r"turn 2, call 0, search/search-2 retrieval: recorded was .*-1"):
+        await replay.call(RETRIEVAL, ["ice", "q1", 6], refused)
+    replay.alias = "search-1"
+    with pytest.raises(Diverged, match="it is asked otherwise than recorded"):
+        await replay.call(RETRIEVAL, ["another query", "q1", 5], refused)
+    row = now.of("retrieval")[0]
+    assert (row.status, row.error_kind, row.is_replayed, replay.is_over) == ("error", "replay", True, True)
+    replay = journal(TASK, MemoryLog(), whole(log))
+    assert await replay.call(RETRIEVAL, ["ice", "q1", 5], refused) == FOUND
+    assert (replay.cost_usd, replay.paid_usd) == (FOUND.cost_usd, 0.0)
+    with pytest.raises(Diverged, match="call 1, retrieval: one call more than was recorded"):
+        await replay.call(RETRIEVAL, ["ice", "q1", 5], refused)
+
+
+async def test_where_time_ended_the_recorded_task_its_replay_ends_the_same() -> None:
+    log, end = MemoryLog(), RecordedError("limit", "LimitReached", "no answer within 3 s (limits.wall_s)")
+    await retrieved(journal(TASK, log))
+    replay = journal(TASK, MemoryLog(), whole(log, end))
+    await replay.call(RETRIEVAL, ["ice", "q1", 5], refused)
+    with pytest.raises(LimitReached, match=r"limits\.wall_s"):
+        await replay.call(RETRIEVAL, ["more", "q1", 5], refused)
+    # But not before all that was recorded is asked again.
+    with pytest.raises(Diverged):
+        await journal(TASK, MemoryLog(), whole(log, end)).call(RETRIEVAL, ["more", "q1", 5], refused)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ContextOverflow("too long"),
+        ToolError("no such thing"),
+        EndpointError("down"),
+        UnknownScope("q1"),
+        KeyError("x"),
+    ],
+)
+async def test_a_recorded_failure_is_raised_again_as_what_it_was(error: Exception) -> None:
+    log, now = MemoryLog(), MemoryLog()
+
+    async def fails() -> Retrieval:
+        raise error
+
+    with pytest.raises(type(error)):
+        await journal(TASK, log).call(RETRIEVAL, ["ice", "q1", 5], fails)
+    (row,) = log.of("retrieval")
+    failed = RecordedError(row.error_kind or "", row.error_type or "", row.error)
+    record = Record((RecordedCall(0, row.request_hash, "", {}, "", failed),), end=End())
+    with pytest.raises(EvalError) as raised:
+        await journal(TASK, now, record).call(RETRIEVAL, ["ice", "q1", 5], refused)
+    assert raised.value.kind == kind_of(error)
+    assert type(raised.value) is type(error) or type(error) in (UnknownScope, KeyError)
+    (again,) = now.of("retrieval")
+    names = ("status", "error_kind", "error_type", "error", "request_hash", "call_seq")
+    assert all(getattr(again, name) == getattr(row, name) for name in names) and again.is_replayed
 
 
 PRICE = {"input": 1.25, "output": 10, "cached_input": 0.125}

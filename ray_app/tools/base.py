@@ -131,18 +131,10 @@ class Caller:
         """`ask` with a context that gives way where the prompt is too long. Raises ContextOverflow."""
         draft = self._draft(model, prompt, sampling, tools, journal.task.rollout_key)
         request = draft.request()
-        asked = {
-            "model": model,
-            "messages": [
-                [message.role, message.content, list(message.images)] for message in request.messages
-            ],
-            "sampling": request.sampling.model_dump(),
-            "tools": list(tools),
-        }
         columns: dict[str, Any] = {}
         return await journal.call(
             CHAT,
-            asked,
+            what_is_asked(request),
             lambda: self._complete(journal, role, draft, request, columns),
             role=role,
             check=check,
@@ -199,6 +191,17 @@ class Caller:
 
     def images(self, model: str, task: Task) -> tuple[str, ...]:
         return task.images if self.models[model].accepts_images else ()
+
+
+def what_is_asked(request: ChatRequest) -> dict[str, Any]:
+    """What decides the reply, as plain data. Its digest names the call in the record of every run: nothing
+    of one run (a session, an address, a time) may be in it."""
+    return {
+        "model": request.model,
+        "messages": [[message.role, message.content, list(message.images)] for message in request.messages],
+        "sampling": request.sampling.model_dump(),
+        "tools": list(request.tools),
+    }
 
 
 def schema(tool: Tool, models: Mapping[str, ModelConfig]) -> dict[str, Any]:
