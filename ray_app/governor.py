@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ray_app.concurrency import Bounds, Controller, Observation
-from ray_app.quotas import Grant, Share, Use, WorkerReport, alone, split
+from ray_app.quotas import Grant, Share, Use, WorkerReport, alone, held_back, split
 from ray_app.records import Event
 from ray_app.slots import RouteKey, Sample
 
@@ -149,11 +149,12 @@ class Governor:
 
     def _share(self, key: RouteKey, route: _Route) -> None:
         nothing = Use((), 0, 0)
-        demands = {name: report.uses.get(key, nothing).demand for name, report in self._reports.items()}
+        uses = {name: report.uses.get(key, nothing) for name, report in self._reports.items()}
         limit = route.controller.limit
-        shares = split(limit, list(demands.values()), self._ticks // TURN)
-        safe = alone(limit, len(demands))
-        for name, share in zip(demands, shares, strict=True):
+        shares = split(limit, [use.demand for use in uses.values()], self._ticks // TURN)
+        shares = held_back(shares, [use.in_flight for use in uses.values()])
+        safe = alone(limit, len(uses))
+        for name, share in zip(uses, shares, strict=True):
             self._shares.setdefault(name, {})[key] = Share(share, safe)
 
     def _route(self, key: RouteKey) -> _Route:

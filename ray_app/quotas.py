@@ -81,6 +81,20 @@ def split(limit: int, demands: Sequence[int], turn: int = 0) -> list[int]:
     return shares
 
 
+def held_back(shares: Sequence[int], in_flight: Sequence[int]) -> list[int]:
+    """The shares, less what others still have open beyond theirs: one call may take minutes to end."""
+    owed = sum(max(0, flying - share) for share, flying in zip(shares, in_flight, strict=True))
+    left = list(shares)
+    while owed > 0:
+        free = [i for i, share in enumerate(left) if share > in_flight[i]]
+        if not free:
+            break
+        most = max(free, key=lambda i: left[i] - in_flight[i])
+        taken = min(owed, max(1, (left[most] - in_flight[most]) // 2))
+        left[most], owed = left[most] - taken, owed - taken
+    return left
+
+
 def alone(limit: int, workers: int) -> int:
     """The share that cannot harm, whatever the others are granted meanwhile: an even one, of a half."""
     return max(1, limit // (2 * max(1, workers)))

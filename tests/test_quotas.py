@@ -7,7 +7,7 @@ import random
 from ray_app.allowance import Allowance
 from ray_app.concurrency import Bounds
 from ray_app.governor import Governor, Policy
-from ray_app.quotas import Grant, Share, Use, WorkerReport, alone, split
+from ray_app.quotas import Grant, Share, Use, WorkerReport, alone, held_back, split
 from ray_app.slots import RouteKey, Sample, Slots
 
 KEY = RouteKey("m", "http://127.0.0.1:1/v1")
@@ -26,6 +26,13 @@ def test_shares_never_exceed_the_limit_and_reach_all_who_want_some() -> None:
         # Nobody waits for what another does not use.
         short = [share for share, demand in zip(shares, demands, strict=True) if share < demand]
         assert not short or max((s - d for s, d in zip(shares, demands, strict=True)), default=0) <= 0
+        # What others still have open is not given away twice.
+        flying = [rng.randint(0, min(60, demand)) for demand in demands]
+        left = held_back(shares, flying)
+        open_at_most = sum(max(share, n) for share, n in zip(left, flying, strict=True))
+        assert open_at_most <= max(limit, sum(flying)) and all(
+            a <= b for a, b in zip(left, shares, strict=True)
+        )
     # Where there are fewer places than workers, each has its turn.
     assert {split(1, [3, 3, 3], turn).index(1) for turn in range(3)} == {0, 1, 2}
 
