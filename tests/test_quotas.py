@@ -54,8 +54,14 @@ def test_an_unused_share_flows_to_the_others_within_an_interval() -> None:
     governor.tick()
     shares = [governor.grant(name).shares[KEY].now for name in ("a", "b")]
     assert shares == [97, 3]
-    governor.lose("a")
+    # What one gives up is the other's when its calls have ended.
+    governor.hear("a", WorkerReport("n", {KEY: Use((), 97, 0)}))
+    governor.hear("b", WorkerReport("n", {KEY: Use((), 3, 400)}))
     now[0] = 2.0
+    governor.tick()
+    assert [governor.grant(name).shares[KEY].now for name in ("a", "b")] == [50, 3]
+    governor.lose("a")
+    now[0] = 3.0
     governor.tick()
     assert governor.grant("b").shares[KEY].now == 100
 
