@@ -16,7 +16,7 @@ from ray_app.quotas import Grant, Share, Use, WorkerReport, alone, held_back, sp
 from ray_app.records import Event
 from ray_app.slots import RouteKey, Sample
 
-# A little less than the second between two looks of the driver's loop, or each other one would come to nothing.
+# A little less than the second between two looks of the driver, or every other one would come to nothing.
 INTERVAL_S = 0.9
 # Where there are fewer places than workers that want one, they take turns of so many intervals.
 TURN = 5
@@ -90,7 +90,7 @@ class Governor:
         return {key: route.controller.limit for key, route in self._routes.items()}
 
     def figures(self) -> dict[str, Any]:
-        """(Of any thread.) For the driver's status: each route's limit now, and dollars spent where they are limited."""
+        """For the status, from any thread: the limit of each route, and dollars spent where they have one."""
         limits = [[key.model, key.url, route.controller.limit] for key, route in list(self._routes.items())]
         spent = {} if self._policy.run_cost_usd is None else {"spent_usd": self.spent_usd}
         return {"limits": limits, **spent}
