@@ -12,10 +12,10 @@ def test_the_server_is_as_fast_as_its_curve_and_slower_beyond_its_peak() -> None
     curve = "sharp, peak 12"
     rate = best(CURVES[curve]).rate
     measured = fixed_over_http(curve, QUICK)
-    assert 0.7 * rate < measured < 1.3 * rate
+    assert 0.4 * rate < measured < 1.3 * rate
     crowded = over_http(curve, Bounds(96, 96, 96), 10**9, 1.5)
     spent_s = crowded.ended_s[-1]
-    assert sum(crowded.works) / spent_s < 0.5 * measured
+    assert sum(crowded.works) / spent_s < 0.7 * measured
 
 
 def test_calls_refused_at_once_cost_one_decrease_an_episode() -> None:
