@@ -28,6 +28,7 @@ EventKind = Literal[
     "verdict",
     "result",
     "run_end",
+    "limit",
 ]
 Role = Literal["", "orchestrator", "expert", "judge"]
 Status = Literal["ok", "error", "invalid"]
