@@ -234,6 +234,7 @@ def _body(request: ChatRequest, model: ModelConfig) -> dict[str, Any]:
         "top_p": sampling.top_p,
         "seed": sampling.seed,
         "tools": list(request.tools) or None,
+        **_tool_options(request, model),
     }
     return {
         "model": model.served_name or request.model,
@@ -249,6 +250,16 @@ def _body(request: ChatRequest, model: ModelConfig) -> dict[str, Any]:
 def _encoded(body: Mapping[str, Any]) -> bytes:
     # A lone surrogate, which a dataset or a model may hold, has no UTF-8 form; services refuse its escape.
     return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def _tool_options(request: ChatRequest, model: ModelConfig) -> dict[str, Any]:
+    """What is said of tools beside their schemas; endpoints refuse it where no tool is offered."""
+    if not request.tools:
+        return {}
+    return {
+        "tool_choice": None if model.tool_choice == "auto" else model.tool_choice,
+        "parallel_tool_calls": False if model.strict_tools else None,
+    }
 
 
 def as_openai(message: Message) -> dict[str, Any]:

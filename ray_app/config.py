@@ -108,6 +108,12 @@ class ModelConfig(Section):
     token_limit_field: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens", description="what the endpoint calls it; OpenAI's reasoning models want the second"
     )
+    tool_choice: Literal["auto", "required"] = Field(
+        "auto", description="required: the endpoint forces a call where tools are offered"
+    )
+    strict_tools: bool = Field(
+        False, description="ask the endpoint to decode calls by the tools' schema, one call a reply"
+    )
     extra_body: dict[str, Any] = {}
 
 

@@ -205,8 +205,11 @@ def what_is_asked(request: ChatRequest) -> dict[str, Any]:
     }
 
 
-def schema(tool: Tool, models: Mapping[str, ModelConfig]) -> dict[str, Any]:
-    """The function tool that the orchestrator sees: one required argument, an alias from the enum."""
+def schema(tool: Tool, models: Mapping[str, ModelConfig], *, is_strict: bool = False) -> dict[str, Any]:
+    """The function tool that the orchestrator sees: one required argument, an alias from the enum.
+
+    `is_strict` asks an endpoint that knows the word to let nothing else be decoded.
+    """
     lines = [describe(name, alias, models[alias.model]) for name, alias in tool.aliases.items()]
     parameter = {
         "type": "string",
@@ -218,6 +221,7 @@ def schema(tool: Tool, models: Mapping[str, ModelConfig]) -> dict[str, Any]:
         "function": {
             "name": tool.name,
             "description": tool.purpose,
+            **({"strict": True} if is_strict else {}),
             "parameters": {
                 "type": "object",
                 "properties": {"model": parameter},
