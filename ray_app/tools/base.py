@@ -15,7 +15,7 @@ from ray_app.chat import ChatClient, ChatRequest
 from ray_app.config import Alias, ModelConfig, Sampling, ToolName
 from ray_app.errors import ContextOverflow
 from ray_app.fitting import Fit
-from ray_app.journal import CHAT, Journal
+from ray_app.journal import CHAT, Journal, tried
 from ray_app.records import ChatReply, Message, Role, Task
 from ray_app.tokens import TokenCounter, counter
 from ray_app.workspace import Context, Workspace, expert_context
@@ -180,6 +180,7 @@ class Caller:
                     status="error",
                     error_kind="model",
                     error=str(error),
+                    **tried(error),
                     **columns,
                 )
                 draft = draft.within(shorter)
