@@ -81,7 +81,7 @@ class Observation:
 class Bounds:
     """What the config says of a route's limit."""
 
-    start: int = 64
+    start: int = 128
     floor: int = 1
     most: int = 1024
 
