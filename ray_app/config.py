@@ -28,7 +28,7 @@ OPERATIONAL_KEYS = frozenset(
     {"run_name", "concurrency", "workers", "attempts", "services", "endpoints_file", "prompts"}
 )
 # A price, too: one that is mended in mid-run changes the bill. What the orchestrator was told of it stays.
-MODEL_PLACE = frozenset({"endpoints", "timeout_s", "price"})
+MODEL_PLACE = frozenset({"endpoints", "timeout_s", "first_token_s", "stall_s", "price"})
 CODE_PLACE = frozenset({"usd_per_s"})
 # Where a run stops for want of money, and goes on with more, is no part of what it measures.
 LIMITS_PLACE = frozenset({"run_cost_usd"})
@@ -98,9 +98,21 @@ class ModelConfig(Section):
     price: Price | None = Field(None, description="none: unpriced, and said so; a model of your own costs 0")
     accepts_images: bool = False
     answer_format: Literal["tags", "boxed"] = "tags"
-    timeout_s: float = Field(600.0, gt=0)
+    timeout_s: float = Field(600.0, gt=0, description="of a call with all its attempts")
+    first_token_s: float | None = Field(
+        None, gt=0, description="an endpoint that sends nothing for this long is given up for another attempt"
+    )
+    stall_s: float = Field(
+        120.0, gt=0, description="the same, once its answer has begun and no more of it comes"
+    )
     token_limit_field: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens", description="what the endpoint calls it; OpenAI's reasoning models want the second"
+    )
+    tool_choice: Literal["auto", "required"] = Field(
+        "auto", description="required: the endpoint forces a call where tools are offered"
+    )
+    strict_tools: bool = Field(
+        False, description="ask the endpoint to decode calls by the tools' schema, one call a reply"
     )
     extra_body: dict[str, Any] = {}
 

@@ -49,6 +49,7 @@ from ray_app.progress import Display
 from ray_app.prompting import Prompts
 from ray_app.recording import Recording
 from ray_app.records import Event, EventKind, Task
+from ray_app.run_metrics import RunMetrics
 from ray_app.sandbox import NAMESPACES
 from ray_app.services import ServeConfig
 from ray_app.worker import SolverFactory
@@ -378,6 +379,7 @@ async def _drive(
         return followed.figures() | governor.figures()
 
     heart = pulse.Pulse(job.run_dir, "driver", epoch=held.epoch, figures=figures)
+    meters = RunMetrics(job.run_dir, held.epoch, figures)
     following = asyncio.create_task(bounded.metrics.follow())
     compactor = Compactor.start(job.run_dir, f"e{held.epoch:04d}")
     try:
@@ -394,6 +396,7 @@ async def _drive(
     finally:
         following.cancel()
         display.close()
+        meters.close()
         heart.close()
         await asyncio.to_thread(compactor.stop)
     log.append(_mark("run_end", options, tally.line()))

@@ -135,6 +135,7 @@ async def check_services(job: Job, service_urls: Mapping[str, str]) -> dict[str,
 
 
 async def _check_routes(config: RunConfig, router: Router) -> None:
+    """The free half of the probe: models listed, context long enough. `--plan` asks for tokens as well."""
     try:
         for name in config.models_used():
             if problem := await router.probe(name):

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ray_app import events
-from ray_app.chat import endpoint_url
 from ray_app.concurrency import Bounds
 from ray_app.config import Adaptive, Endpoint, ModelConfig
+from ray_app.endpoint import endpoint_url
 from ray_app.engine_metrics import RAY_EVERY_S, Source, own_page
 from ray_app.slots import RouteKey
 
