@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 
 from ray_app.errors import EvalError, RunDirError, UserError
 
-PIPE_WIDTH = 160
+PIPE_WIDTH = 200
 
 
 @dataclass(frozen=True, slots=True)

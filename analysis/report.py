@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from analysis.critical_path import CriticalPath, critical_path
 from analysis.log import open_run
+from analysis.selection import LAST_SEGMENT
 from analysis.summary import RunSummary, summarise
 from analysis.text import percent
 from analysis.timing import Timing, timing
@@ -40,7 +42,8 @@ def analyse(run_dir: Path, out_dir: Path | None = None, *, with_pictures: bool =
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         _write_json(out_dir / "stats.json", statistics(run, tools, used, times))
-        pictures = tuple(_draw(out_dir, run, tools, used, times)) if with_pictures else ()
+        path = critical_path(log.select(LAST_SEGMENT))
+        pictures = tuple(_draw(out_dir, run, tools, used, times, path)) if with_pictures else ()
     except OSError as error:
         raise RunDirError(f"{out_dir}: {error.strerror}; expected a writable folder") from None
     stats, overview = out_dir / "stats.json", out_dir / "overview.png"
@@ -78,10 +81,14 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def _draw(out_dir: Path, run: RunSummary, tools: list[ToolRow], used: Usage, times: Timing) -> Iterator[Path]:
-    from analysis import plots  # matplotlib takes most of a second, which `summary` need not wait for
+def _draw(
+    out_dir: Path, run: RunSummary, tools: list[ToolRow], used: Usage, times: Timing, path: CriticalPath
+) -> Iterator[Path]:
+    from analysis import plots, timeline  # matplotlib takes half a second, which no figure need wait for
 
     yield from plots.overview_picture(out_dir / "overview", run, tools, times)
     yield from plots.summary_pictures(out_dir, run)
     yield from plots.usage_pictures(out_dir, used)
     yield from plots.timing_pictures(out_dir, times)
+    for segment in path.segments:
+        yield from timeline.timeline_picture(out_dir / "timeline", path.run, segment)

@@ -77,7 +77,7 @@ def _read(row: Mapping[str, Any], written: float) -> tuple[SeedResult, list[str]
         outcome,
         is_correct if outcome == "ok" else None,
         prediction,
-        _method(prediction, reference) if outcome == "ok" else "",
+        _method(prediction, reference, "_judge_ms" in answers[-1]) if outcome == "ok" else "",
         error,
         len(row.get("all_message_responses") or responses),
         written,
@@ -105,9 +105,16 @@ def _error(row: Mapping[str, Any], responses: Any) -> str:
     return ": ".join(part for part in (str(row.get("error_type") or ""), words) if part) or "status error"
 
 
-def _method(prediction: str | None, reference: str) -> str:
-    """How such systems come to a verdict: no answer, or too long a one, is wrong unasked."""
+def _method(prediction: str | None, reference: str, was_judged: bool) -> str:
+    """How such systems come to a verdict: no answer, or too long a one, is wrong unasked.
+
+    "" where nobody can tell: the reference answer is not there, and no judge's time either.
+    """
     text = (prediction or "").strip()
     if not text or len(text.split(" ")) > 500:
         return "empty"
+    if was_judged:
+        return "judge"
+    if not reference:
+        return ""
     return "exact" if text.lower() == reference.strip().lower() else "judge"

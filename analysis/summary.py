@@ -16,9 +16,11 @@ import numpy as np
 from analysis.calibration import Calibration, calibration
 from analysis.log import RESULTS, WORK, Mask, RunLog, counts
 from analysis.numbers import Accounting, Counted, Interval, accounting, wald_interval, wilson_interval
+from analysis.spending import COLUMNS as SPENDING
+from analysis.spending import SpendRow, TaskCost, spending, task_cost
 
 State = Literal["empty", "not ended", "ended"]
-COLUMNS = (*WORK, *RESULTS, "duration_s", "call_seq", "retries")
+COLUMNS = (*WORK, *RESULTS, *SPENDING, "duration_s", "call_seq", "retries", "context_cut")
 _MARKS = ("result", "run_start", "run_end")
 
 
@@ -72,8 +74,10 @@ class Totals:
 
     `invalid_turns` are those in which the orchestrator called no tool that it was offered.
     `repeated_calls` are model calls that succeeded before and were made again, as after a crash.
-    `counted_cost_usd` is the part of `cost_usd` that the counted results took. `wall_s` adds up the time
-    that each epoch was at work, so that the pause before a resume is no part of it.
+    `counted_cost_usd` is the part of `cost_usd` that the tasks with a counted result took, in all their
+    attempts. `cut_prompts` had no room for all that was gathered; `overflows` were prompts that an endpoint
+    called too long although they had been counted. `wall_s` adds up the time that each epoch was at work, so
+    that the pause before a resume is no part of it.
     """
 
     epochs: int = 0
@@ -88,6 +92,8 @@ class Totals:
     completion_tokens: int = 0
     cost_usd: float = 0.0
     counted_cost_usd: float = 0.0
+    cut_prompts: int = 0
+    overflows: int = 0
     wall_s: float = 0.0
 
 
@@ -108,6 +114,8 @@ class RunSummary:
     limits: dict[str, int]
     totals: Totals
     segments: list[Segment]
+    spending: list[SpendRow]
+    task_cost: TaskCost
     notes: list[str]
 
 
@@ -130,6 +138,8 @@ def summarise(log: RunLog) -> RunSummary:
         limits=_kinds(results, "limited"),
         totals=_totals(log, results, segments),
         segments=segments,
+        spending=spending(log),
+        task_cost=task_cost(results),
         notes=notes,
     )
 
@@ -264,7 +274,7 @@ def _totals(log: RunLog, results: RunLog, segments: list[Segment]) -> Totals:
     paid = log.calls & log.kind("model_call", "retrieval", "code")
 
     def total(name: str, mask: Mask) -> float:
-        return float(np.nansum(log.numbers(name)[mask]))
+        return float(log.pick(name, mask).sum())
 
     return Totals(
         epochs=len(segments),
@@ -277,6 +287,8 @@ def _totals(log: RunLog, results: RunLog, segments: list[Segment]) -> Totals:
         **{name: int(total(name, calls)) for name in WORK[:3]},
         cost_usd=total("cost_usd", paid),
         counted_cost_usd=float(np.nansum(results.numbers("cost_usd"))),
+        cut_prompts=int((np.nan_to_num(log.numbers("context_cut")[calls]) > 0).sum()),
+        overflows=int((log.tasks & log.kind("overflow")).sum()),
         wall_s=sum(segment.wall_s for segment in segments),
     )
 

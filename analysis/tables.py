@@ -8,19 +8,21 @@ from itertools import pairwise
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from analysis.duration import Duration
 from analysis.numbers import PERCENTILES, Histogram, Interval
 from analysis.report import sentence
+from analysis.spending import SpendRow, TaskCost
 from analysis.summary import GroupRow, RunSummary, Segment
 from analysis.text import DASH, duration, number, percent, plain, usd
 from analysis.timing import GROUPS, PARTS, Components, Timing, TimingRow
 from analysis.usage import OTHER_WORK, ToolRow, Usage
 
 MIN_NAME_WIDTH = 17
-_WIDE = 140
+_UNBOUNDED = 10_000
 _FEW = ("mean", "std", "p50", "p90", "p99", "max")
 _ALL = ("mean", "std", "min", *(f"p{percent}" for percent in PERCENTILES), "max")
 
@@ -32,7 +34,8 @@ class Fitting:
         self._wide, self._narrow = wide, narrow
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self._wide if options.max_width >= _WIDE else self._narrow
+        needed = Measurement.get(console, options.update_width(_UNBOUNDED), self._wide).maximum
+        yield self._wide if needed <= options.max_width else self._narrow
 
 
 def summary_page(run: RunSummary) -> RenderableType:
@@ -44,6 +47,8 @@ def summary_page(run: RunSummary) -> RenderableType:
         parts += [_groups("category", run.by_category), _groups("answer type", run.by_answer_type)]
     if len(run.segments) > 1:
         parts.append(_segments(run.segments))
+    if run.totals.cost_usd:
+        parts.append(_spending(run.spending))
     parts += [Text(f"Note: {plain(note, 200)}", style="yellow") for note in run.notes]
     return Group(*parts)
 
@@ -136,7 +141,9 @@ def overview_rows(run: RunSummary) -> list[tuple[str, str]]:
         ("failures", _kinds(run.failures)),
         *([("limits", _kinds(run.limits))] if run.limits else []),
         ("cost", f"{usd(totals.cost_usd)}, of which counted results {usd(totals.counted_cost_usd)}"),
+        *([("cost of a task", _task_cost(run.task_cost))] if totals.cost_usd else []),
         ("tokens", _tokens(run)),
+        ("prompts cut", f"{number(totals.cut_prompts)} ({totals.overflows} too long for the endpoint)"),
         ("time at work", duration(totals.wall_s)),
         ("attempts", number(totals.attempts)),
         ("turns", f"{number(totals.turns)} ({totals.invalid_turns} invalid)"),
@@ -191,6 +198,20 @@ def _segments(segments: Sequence[Segment]) -> Table:
     return table
 
 
+def _spending(rows: Sequence[SpendRow]) -> Table:
+    table = table_of("Cost by kind and model", ["kind", "model"], ["calls", "tokens", "cost"])
+    for row in rows:
+        add_row(
+            table, [row.kind, row.model or DASH, number(row.calls), number(row.tokens), usd(row.cost_usd)]
+        )
+    return table
+
+
+def _task_cost(cost: TaskCost) -> str:
+    dearest = f" ({plain(cost.most_task, 40)})" if cost.most_usd else ""
+    return f"{usd(cost.mean_usd)} mean, {usd(cost.p50_usd)} median, {usd(cost.most_usd)} most{dearest}"
+
+
 def tools_page(rows: Sequence[ToolRow]) -> Table:
     """Calls, times, errors and cost per tool and other kind of work."""
     numbers = ["calls", "share", "errors", "mean s", "p50 s", "p90 s", "p99 s", "tokens", "cost"]
@@ -207,7 +228,7 @@ def _timed(title: str, rows: Sequence[TimingRow], columns: Sequence[str]) -> Tab
     more = ["errors", "<5 s"] if has_times else []
     table = table_of(f"{title} ({'seconds' if has_times else 'tokens'})", ["name"], ["n", *columns, *more])
     for row in rows:
-        values = [number(getattr(row.stats, column)) for column in columns]
+        values = [_seconds(getattr(row.stats, column)) for column in columns]
         rest = [number(row.errors), percent(row.stats.share_under_5s)] if has_times else []
         add_row(table, [row.name, number(row.stats.n), *values, *rest])
     return table
@@ -217,9 +238,14 @@ def _components(rows: Sequence[Components]) -> Table:
     used = [part for part in PARTS if any(part in row.parts for row in rows)]
     table = table_of("Where a mean call goes (seconds)", ["call"], ["n", "mean", *used])
     for row in rows:
-        parts = [number(row.parts[part]) if part in row.parts else DASH for part in used]
-        add_row(table, [row.name, number(row.calls), number(row.mean_s), *parts])
+        parts = [_seconds(row.parts.get(part)) for part in used]
+        add_row(table, [row.name, number(row.calls), _seconds(row.mean_s), *parts])
     return table
+
+
+def _seconds(value: float | None) -> str:
+    """Seconds to a tenth of a millisecond: a table of many columns has no room for more."""
+    return number(None if value is None else round(value, 4))
 
 
 def table_of(title: str, left: Sequence[str], right: Sequence[str]) -> Table:

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -27,7 +27,11 @@ TOOL_NAMES: tuple[ToolName, ...] = ("enhance_reasoning", "search", "answer")
 OPERATIONAL_KEYS = frozenset(
     {"run_name", "concurrency", "workers", "attempts", "services", "endpoints_file", "prompts"}
 )
-MODEL_PLACE = frozenset({"endpoints", "timeout_s"})
+# A price, too: one that is mended in mid-run changes the bill. What the orchestrator was told of it stays.
+MODEL_PLACE = frozenset({"endpoints", "timeout_s", "first_token_s", "stall_s", "price"})
+CODE_PLACE = frozenset({"usd_per_s"})
+# Where a run stops for want of money, and goes on with more, is no part of what it measures.
+LIMITS_PLACE = frozenset({"run_cost_usd"})
 RETRIEVER_PLACE = frozenset({"service", "url", "timeout_s"})
 ENVIRONMENT_KEYS = {
     "CONCURRENCY": "concurrency",
@@ -43,12 +47,31 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Adaptive(Section):
+    """A limit of calls in flight that follows what the endpoint bears, over all workers of the run."""
+
+    start: int = Field(128, gt=0)
+    max: int = Field(1024, gt=0)
+
+    @model_validator(mode="after")
+    def _start_within(self) -> Adaptive:
+        if self.start > self.max:
+            raise ValueError(f"expected start <= max, got {self.start} > {self.max}")
+        return self
+
+
 class Endpoint(Section):
     """Where a model answers: a URL, or the name of an application in the Serve config."""
 
     base_url: str | None = None
     service: str | None = None
     api_key_env: str | None = Field(None, description="name of the variable that holds the key")
+    concurrency: Literal["adaptive"] | Annotated[int, Field(gt=0)] | Adaptive = Field(
+        "adaptive", description="calls in flight at once: adaptive, its start and max, or a fixed number"
+    )
+    metrics_url: str | None = Field(
+        None, description="vLLM's /metrics page, where it is not beside a base_url of a private address"
+    )
 
     @model_validator(mode="after")
     def _one_address(self) -> Endpoint:
@@ -58,7 +81,7 @@ class Endpoint(Section):
 
 
 class Price(Section):
-    """US dollars per million tokens; cached input costs `input` unless said otherwise."""
+    """US dollars per million tokens; cached input costs `input` unless said otherwise. Free is 0."""
 
     input: float = Field(0.0, ge=0)
     output: float = Field(0.0, ge=0)
@@ -72,12 +95,26 @@ class ModelConfig(Section):
     served_name: str | None = Field(None, description="the name that the endpoint knows it by")
     context_length: int = Field(32768, gt=0)
     tokenizer: str = Field("words", description="words, or a tokenizer.json / hub id of the model's own")
-    price: Price = Price()
+    price: Price | None = Field(None, description="none: unpriced, and said so; a model of your own costs 0")
     accepts_images: bool = False
     answer_format: Literal["tags", "boxed"] = "tags"
-    timeout_s: float = Field(600.0, gt=0)
+    timeout_s: float = Field(
+        600.0, gt=0, description="of a call with all its attempts, less its wait for a slot"
+    )
+    first_token_s: float | None = Field(
+        None, gt=0, description="an endpoint that sends nothing for this long is given up for another attempt"
+    )
+    stall_s: float = Field(
+        120.0, gt=0, description="the same, once its answer has begun and no more of it comes"
+    )
     token_limit_field: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens", description="what the endpoint calls it; OpenAI's reasoning models want the second"
+    )
+    tool_choice: Literal["auto", "required"] = Field(
+        "auto", description="required: the endpoint forces a call where tools are offered"
+    )
+    strict_tools: bool = Field(
+        False, description="ask the endpoint to decode calls by the tools' schema, one call a reply"
     )
     extra_body: dict[str, Any] = {}
 
@@ -105,8 +142,15 @@ class Alias(Section):
     model: str
     blurb: str = Field("", description="what the orchestrator is told about it")
     latency_s: float | None = Field(None, description="typical seconds a call, told to the orchestrator")
+    told_price: Price | None = Field(
+        None, description="what the orchestrator is told that it costs; its model's price unless given"
+    )
     sampling: Sampling = Sampling()
     budget: ContextBudget = ContextBudget()
+
+    def told(self, model: ModelConfig) -> Price | None:
+        """The price that stands in the orchestrator's prompt; None: nothing of it does."""
+        return self.told_price or model.price
 
 
 class OrchestratorSampling(Sampling):
@@ -179,6 +223,9 @@ class Limits(Section):
     wall_s: float | None = Field(None, gt=0)
     tokens: int | None = Field(None, gt=0)
     cost_usd: float | None = Field(None, gt=0)
+    run_cost_usd: float | None = Field(
+        None, gt=0, description="of the whole run: what is in flight then stays pending for a higher limit"
+    )
 
 
 class CodeExecution(Section):
@@ -186,6 +233,7 @@ class CodeExecution(Section):
     wall_s: float = Field(60.0, gt=0)
     memory_mib: int = Field(2048, gt=0)
     require_isolation: bool = Field(False, description="refuse to run where a sandbox layer is missing")
+    usd_per_s: float = Field(0.0, ge=0, description="price of a second of a program's run")
 
 
 class RunConfig(Section):
@@ -228,12 +276,26 @@ class RunConfig(Section):
             raise ValueError("tools: expected at least `answer`; without it no question can end")
         if self.orchestrator.require_documents and not (self.retriever.enabled and "search" in self.tools):
             raise ValueError("orchestrator.require_documents: needs search, or `answer` is never offered")
+        limited = [key for key in ("cost_usd", "run_cost_usd") if getattr(self.limits, key) is not None]
+        if limited and (unpriced := self.unpriced()):
+            raise ValueError(
+                f"limits.{limited[0]}: models.{unpriced[0]} has no price, so spending is not known; "
+                "give one (0 where it is free)"
+            )
         return self
 
     def models_used(self) -> list[str]:
         """The models that calls can go to, each once."""
         experts = [alias.model for aliases in self.tools.values() for alias in aliases.values()]
         return sorted({self.orchestrator.model, self.judge.model, *experts})
+
+    def unpriced(self) -> list[str]:
+        """The models in use whose calls are counted as free for want of a price."""
+        return [name for name in self.models_used() if self.models[name].price is None]
+
+    def estimated(self) -> list[str]:
+        """The models in use whose tokens are estimated."""
+        return [name for name in self.models_used() if self.models[name].tokenizer == "words"]
 
     def key_names(self) -> list[str]:
         """The variables that hold keys of the models used."""
@@ -244,8 +306,20 @@ class RunConfig(Section):
         """The part of the config that decides what is measured; the rest may differ on resume."""
         whole = self.model_dump(mode="json")
         whole["models"] = {name: _without(model, MODEL_PLACE) for name, model in whole["models"].items()}
+        whole["tools"] = {name: self._told(aliases) for name, aliases in self.tools.items()}
         whole["retriever"] = _without(whole["retriever"], RETRIEVER_PLACE)
+        whole["limits"] = _without(whole["limits"], LIMITS_PLACE)
+        whole["code"] = _without(whole["code"], CODE_PLACE)
         return {key: value for key, value in whole.items() if key not in OPERATIONAL_KEYS}
+
+    def _told(self, aliases: Mapping[str, Alias]) -> dict[str, Any]:
+        """Aliases with the price that each is told at: part of the orchestrator's prompt."""
+        told = {}
+        for name, alias in aliases.items():
+            price = alias.told(self.models[alias.model])
+            shown = None if price is None else {"input": price.input, "output": price.output}
+            told[name] = alias.model_dump(mode="json") | {"told_price": shown}
+        return told
 
     @property
     def digest(self) -> str:

@@ -21,12 +21,14 @@ EventKind = Literal[
     "attempt",
     "turn",
     "model_call",
+    "overflow",
     "tool_call",
     "retrieval",
     "code",
     "verdict",
     "result",
     "run_end",
+    "limit",
 ]
 Role = Literal["", "orchestrator", "expert", "judge"]
 Status = Literal["ok", "error", "invalid"]
@@ -83,16 +85,21 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts as the endpoint reports them."""
+    """Token counts as the endpoint reports them. Cached are of the prompt, reasoning of the completion."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ChatReply:
-    """A model's answer, with where it came from and what it took (seconds, US dollars)."""
+    """A model's answer, with where it came from and what it took (seconds, US dollars).
+
+    `queue_s` is all that came before the attempt that was answered; `faults` names what the attempts before
+    it met, in order ("429,500"; `faults.py` has the names).
+    """
 
     content: str
     tool_calls: tuple[ToolCall, ...] = ()
@@ -105,6 +112,7 @@ class ChatReply:
     decode_s: float = 0.0
     cost_usd: float = 0.0
     retries: int = 0
+    faults: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +142,7 @@ class Retrieval:
 
 @dataclass(frozen=True, slots=True)
 class ExecutionResult:
-    """What a sandboxed program did. `isolation` names the layers that really held."""
+    """What a sandboxed program did and cost. `isolation` names the layers that really held."""
 
     stdout: str
     stderr: str
@@ -142,6 +150,7 @@ class ExecutionResult:
     is_timed_out: bool
     duration_s: float
     isolation: tuple[str, ...] = ()
+    cost_usd: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +170,10 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """How one attempt at a task ended. Only a result that the driver committed counts."""
+    """How one attempt at a task ended. Only a result that the driver committed counts.
+
+    `cost_usd` is what all calls of the task have cost in any attempt; `usage` is of those that led here.
+    """
 
     task_id: str
     rollout_key: str
@@ -189,7 +201,9 @@ class Event:
 
     `t_start` is wall time (Unix seconds), `*_s` are monotonic spans.
     `payload_hash` points into the payload table; `request_hash` is the digest of what was asked, so
-    that a replay can tell whether a recorded reply still answers the same request.
+    that a replay can tell whether a recorded reply still answers the same request. `context_tokens` is the
+    gathered text in a prompt, `context_cut` what had no room; an `overflow` is a prompt that the endpoint
+    called too long, after which a shorter one went out within the same call.
     """
 
     kind: EventKind
@@ -218,6 +232,7 @@ class Event:
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     completion_tokens: int | None = None
+    reasoning_tokens: int | None = None
     cost_usd: float | None = None
     retries: int = 0
     search_backend: str = ""
@@ -235,3 +250,7 @@ class Event:
     payload_hash: str = ""
     detail: str = ""
     worker: str = ""
+    web_calls: int | None = None
+    context_tokens: int | None = None
+    context_cut: int | None = None
+    error_type: str | None = None  # the class behind `error`, which `error_kind` only groups

@@ -26,7 +26,8 @@ TASKS = [Task(f"task/{n}", "question", "answer") for n in range(4)]
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
     """The metrics port of a cluster of our own."""
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    often = {"metrics_report_interval_ms": 500}
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, _system_config=often)
     yield ray.nodes()[0]["MetricsExportPort"]
     ray.shutdown()
 

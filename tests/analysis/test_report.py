@@ -19,7 +19,7 @@ ALWAYS = {"overview", "outcomes", "usage", "timing_parts"}
 
 
 def assert_complete(output: AnalysisOutput, *groups: str) -> None:
-    stems = ALWAYS | {f"timing_{group}" for group in groups}
+    stems = ALWAYS | {f"timing_{group}" for group in groups} | ({"timeline"} if groups else set())
     names = {f"{stem}.{suffix}" for stem in stems for suffix in ("png", "svg")}
     assert {path.name for path in output.pictures} == names
     assert {path.name for path in output.stats.parent.iterdir()} == names | {"stats.json"}

@@ -15,6 +15,7 @@ from analysis.__main__ import app
 from analysis.log import open_run
 from analysis.seed_import import Imported, import_run
 from analysis.seed_log import Reading, parse, read_logs
+from analysis.seed_results import read_results
 from analysis.summary import summarise
 from analysis.usage import tool_table, usage
 from ray_app import events
@@ -155,6 +156,20 @@ def test_outcomes_come_from_the_results_whatever_their_files_are_called(tmp_path
     assert rows["a"]["rollout_key"] == Task("a", "question a", "42").rollout_key
     assert rows["a"]["duration_s"] == pytest.approx(3.0) and rows["a"]["verdict_method"] == "exact"
     assert rows["f"]["error"] == "KeyError: KeyError('x')"
+
+
+def test_how_a_verdict_came_is_told_where_it_can_be_known(tmp_path: Path) -> None:
+    def answered(name: str, pred: str, reference: str, **more: Any) -> None:
+        turns = {"turn_0_response": [{"tool": "answer", "pred": pred, **more}]}
+        result_file(tmp_path, name, answer=reference, all_tool_responses=turns)
+
+    answered("exact", " Forty-Two", "forty-two ")
+    answered("judge", "forty two", "42")
+    answered("empty", " ", "42")
+    answered("timed", "42", "", _judge_ms=5.0)
+    answered("unknown", "42", "")
+    found = {name: result.method for name, result in read_results(tmp_path).by_id.items()}
+    assert found == {"exact": "exact", "judge": "judge", "empty": "empty", "timed": "judge", "unknown": ""}
 
 
 def test_each_start_is_a_segment_and_a_task_of_two_is_in_both(tmp_path: Path) -> None:

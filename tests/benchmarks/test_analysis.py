@@ -40,8 +40,9 @@ def test_the_two_forms_of_the_log_hold_the_same_rows(run: Run, folder: Path) -> 
 
 
 def test_every_command_runs_and_the_query_finds_what_the_text_log_holds(folder: Path) -> None:
-    cost = analysis.run_command("critical-path", folder / "live")
-    assert cost.wall_s > 0 and cost.rss > 1 << 20
+    for command in ("critical-path", "compare", "show", "sql", "watch"):
+        cost = analysis.run_command(command, folder / "live")
+        assert cost.wall_s > 0 and cost.rss > 1 << 20
     times = analysis.time_query(folder, rounds=1)
     assert {*times} == {"query", "by_field", "by_line"}
 
