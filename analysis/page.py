@@ -28,7 +28,6 @@ from analysis.page_tasks import (
     COLUMNS,
     EXIT_ZERO,
     MORE_COLUMNS,
-    PIECES,
     Most,
     Vocabulary,
     index_of,
@@ -80,7 +79,7 @@ def write_page(
         **{"name": Path(log.name).name, "run": log.name, "state": figures.run.state},
         **{"made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"), "withheld": withheld},
         **{"note": questions.note, "absence": log.absence or "", "cut": CUT_BYTES, "exit_zero": EXIT_ZERO},
-        **{"text_bytes": packed.most.text, "document_bytes": packed.most.document, "pieces": PIECES},
+        **{"text_bytes": packed.most.text, "document_bytes": packed.most.document, "pieces": words.pieces},
     }
     data = {**head, "figures": figures.content, "words": words.names, "tasks": index, "parts": packed.tasks}
     size = _write(path, _lines(data, packed))

@@ -20,11 +20,8 @@ from analysis.questions import Questions
 from analysis.story import ORDER, FoundText
 
 PART_ROWS, PART_TASKS = 6000, 100
-# What a text can be; its place in the list stands for it, so that a search finds no name.
-PIECES = (
-    *("question", "reference answer", "rationale", "reply", "chose", "query", "program", "answer"),
-    *("stdout", "stderr", "stopped", "prediction", "extracted", "reasoning", "payload", "error", "web"),
-)
+# What the file of questions says of a task.
+ASKED = ("question", "reference answer", "rationale")
 WITHHELD, LOST, LEFT_OUT = -1, -2, -3  # in place of a document's text
 WORDS = (
     *("kind", "role", "tool", "alias", "model", "endpoint", "status", "error_kind", "search_backend"),
@@ -69,10 +66,10 @@ class Tasks:
 
 
 class Vocabulary:
-    """Codes for words, the same in all parts."""
+    """Codes for words, the same in all parts; `pieces` name texts, so that no search finds a name."""
 
     def __init__(self, log: RunLog) -> None:
-        self.names: list[str] = [""]
+        self.names, self.pieces = [""], list[str]()
         self._codes = {"": 0}
         self._columns = {name: self._coded(log.words(name)) for name in WORDS}
 
@@ -81,6 +78,11 @@ class Vocabulary:
             self._codes[word] = len(self.names)
             self.names.append(word)
         return self._codes[word]
+
+    def piece(self, name: str) -> int:
+        if name not in self.pieces:
+            self.pieces.append(name)
+        return self.pieces.index(name)
 
     def column(self, name: str, rows: Ints) -> Ints:
         return np.asarray(self._columns[name][rows])
@@ -255,7 +257,7 @@ class _Teller:
         flat = list[Any]()
         ids = self._log.words("task_id")
         if asked := questions.by_id.get(ids.names[ids.codes[rows[0]]]):
-            given = zip(PIECES, (asked.question, asked.answer, asked.rationale), strict=False)
+            given = zip(ASKED, (asked.question, asked.answer, asked.rationale), strict=True)
             flat += [value for name, text in given for value in self._free(-1, name, text)]
         own = [
             [words.names[code] for code in words.codes[rows].tolist()]
@@ -266,14 +268,14 @@ class _Teller:
             flat += self._free(place, "web", detail if kind == "retrieval" else "")
             told = self._texts.of_row(body, kind, role, tool) if body else NOTHING
             for name, text in told.pieces:
-                flat += [place, PIECES.index(name), *self._held(text)]
+                flat += [place, self._vocabulary.piece(name), *self._held(text)]
             self._hits += [self._hit(before + place, hit) for hit in told.hits]
         return flat
 
     def _free(self, place: int, name: str, text: str) -> list[Any]:
         if not text:
             return []
-        return [place, PIECES.index(name), *self._held(cut(text, CUT_BYTES))]
+        return [place, self._vocabulary.piece(name), *self._held(cut(text, CUT_BYTES))]
 
     def _held(self, text: Cut) -> Cut:
         return shorter(text, self._most.text) if self._most.text else Cut("", 0)

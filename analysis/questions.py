@@ -49,7 +49,12 @@ def questions_of(run_dir: Path, facts: Mapping[str, Any]) -> Questions:
         )
     if hashlib.sha256(body).hexdigest() != recorded:
         return Questions(note=f"Questions are left out: {dataset} is not the file that this run asked.")
-    return Questions(dict(map(_question, filter(bytes.strip, body.split(b"\n")))))
+    try:
+        return Questions(dict(map(_question, filter(bytes.strip, body.split(b"\n")))))
+    except (ValueError, KeyError, AttributeError):
+        return Questions(
+            note=f"Questions are not in the log, and {dataset} is no file of questions, one a line."
+        )
 
 
 def _question(line: bytes) -> tuple[str, Question]:

@@ -19,7 +19,7 @@ const FILTERS = [
   ["state", (task) => [STATES[task]]], ["category", (task) => [word(T.category[task])]], ["tool", (task) => T.tools[task].map(word)],
   ["model", (task) => T.models[task].map(word)], ["error", (task) => [word(T.error[task])]], ["answer type", (task) => [word(T.type[task])]],
 ];
-const view = { words: "", chosen: {}, sort: 0, down: false, order: T.id.map((_, task) => task), selected: 0, top: 0, search: 0, matched: null, parts: {} };
+const view = { words: "", chosen: {}, sort: 0, down: false, order: T.id.map((_, task) => task), selected: 0, top: 0, search: 0, matched: null };
 
 function wordsOf(typed) {
   return typed.toLowerCase().split(/\s+/).filter(Boolean);

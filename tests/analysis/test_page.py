@@ -11,7 +11,7 @@ from analysis.gated import gated_reason
 from analysis.log import open_run
 from analysis.page import COLUMNS_READ, write_page
 from analysis.page_parts import LEAST_DOCUMENT, LEAST_TEXT, Packed, pack, plan, unpacked
-from analysis.page_tasks import PIECES, Most, Vocabulary, parts_of, tasks_of
+from analysis.page_tasks import Most, Vocabulary, parts_of, tasks_of
 from analysis.page_texts import CUT_BYTES, Texts, cut
 from analysis.questions import Questions
 from ray_app.errors import RunDirError
@@ -104,7 +104,7 @@ def test_what_does_not_fit_is_cut_further_documents_first_and_figures_never(
     )
     for found, most in ((whole, CUT_BYTES), (hardly, hardly.most.text)):
         flat = json.loads(unpacked(found.texts[0]).splitlines()[0])
-        (place,) = (at for at in range(0, len(flat), 4) if PIECES[flat[at + 1]] == "reply")
+        (place,) = (at for at in range(0, len(flat), 4) if words.pieces[flat[at + 1]] == "reply")
         assert len(flat[place + 2]) == most and len(flat[place + 2]) + flat[place + 3] == NOISE_CHARS
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,23 +14,21 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from analysis.page import write_page
 from benchmarks.analysis_run import make_run, write_finished
 from benchmarks.analysis_texts import write_texts
+from benchmarks.chromium import NAMES, OPTIONS, READY, chromium
 from tests.analysis.pages import HARM, SECRET, TASKS, with_questions, write_hostile
 from tests.analysis.runs import event, write_run
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-READY = "performance.getEntriesByName('interactive').length"
 SHOWN = "document.documentElement.dataset.shown"
 Open = Callable[..., Page]
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    path = next(filter(None, map(shutil.which, NAMES)), None)
+    path = chromium()
     if path is None:
         pytest.skip(f"no Chromium here ({', '.join(NAMES)}): apt-get install chromium, and these tests run")
     with sync_playwright() as playwright:
-        # A container has no namespaces for Chromium's own sandbox; what it opens here is made by the tests.
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        started = playwright.chromium.launch(executable_path=path, args=list(OPTIONS))
         yield started
         started.close()
 
