@@ -40,7 +40,17 @@ from analysis.selection import EVERYTHING, Selection
 from ray_app.errors import RunDirError
 
 MOST_BYTES = 19_500_000
-SCRIPTS = ("page.js", "format.js", "tables.js", "plots.js", "data.js", "list.js", "story.js", "main.js")
+SCRIPTS = (
+    "page.js",
+    "format.js",
+    "tables.js",
+    "plots.js",
+    "bzip2.js",
+    "data.js",
+    "list.js",
+    "story.js",
+    "main.js",
+)
 COLUMNS_READ = tuple(dict.fromkeys((*EVERY, *COLUMNS, *MORE_COLUMNS)))
 
 
@@ -58,13 +68,18 @@ class Page:
 
 
 def write_page(
-    run_dir: Path, path: Path, selection: Selection = EVERYTHING, *, redact: bool | None = None
+    run_dir: Path,
+    path: Path,
+    selection: Selection = EVERYTHING,
+    *,
+    redact: bool | None = None,
+    most_bytes: int = MOST_BYTES,
 ) -> Page:
     """Write the page of the run at `run_dir` to `path`, at any moment of the run's life.
 
-    `redact` None withholds the texts of a gated set alone. Of a run of any size the page takes about
-    MOST_BYTES at most, unless its figures alone are more. Raises RunDirError where there is no run, or where
-    `path` cannot be written.
+    `redact` None withholds the texts of a gated set alone. The page takes about `most_bytes` at most, unless
+    the run's figures alone are more. Raises RunDirError where there is no run, or where `path` cannot be
+    written.
     """
     log = open_run(run_dir, replace(selection, all_runs=True), COLUMNS_READ)
     withheld = gated_reason(log.facts) if redact is None else "asked for by --redact" if redact else ""
@@ -72,14 +87,19 @@ def write_page(
     figures, tasks, words = figures_of(log), tasks_of(log), Vocabulary(log)
     index = index_of(tasks, words)
     with Texts(log, withheld=bool(withheld)) as texts:
-        room = MOST_BYTES - len(json.dumps(figures.content)) - len(json.dumps(index))
+        room = most_bytes - len(json.dumps(figures.content)) - len(json.dumps(index))
         most = Most(0, 0) if withheld else plan(texts, tasks, room)
         packed = pack(parts_of(tasks, words, texts, questions, most), texts, most, room)
     head = {
         **{"name": Path(log.name).name, "run": log.name, "state": figures.run.state},
         **{"made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"), "withheld": withheld},
         **{"note": questions.note, "absence": log.absence or "", "cut": CUT_BYTES, "exit_zero": EXIT_ZERO},
-        **{"text_bytes": packed.most.text, "document_bytes": packed.most.document, "pieces": words.pieces},
+        **{
+            "text_bytes": packed.most.text,
+            "document_bytes": packed.most.document,
+            "packing": packed.packing,
+            "pieces": words.pieces,
+        },
     }
     data = {**head, "figures": figures.content, "words": words.names, "tasks": index, "parts": packed.tasks}
     size = _write(path, _lines(data, packed))

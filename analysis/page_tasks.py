@@ -19,7 +19,7 @@ from analysis.page_texts import CUT_BYTES, NOTHING, Cut, Texts, cut, shorter
 from analysis.questions import Questions
 from analysis.story import ORDER, FoundText
 
-PART_ROWS, PART_TASKS = 6000, 100
+PART_ROWS, PART_TASKS = 3000, 50
 # What the file of questions says of a task.
 ASKED = ("question", "reference answer", "rationale")
 WITHHELD, LOST, LEFT_OUT = -1, -2, -3  # in place of a document's text

@@ -13,7 +13,9 @@ function bytesOf(base64) {
 
 async function unpacked(kind, part) {
   if (!byId(`${kind}-${part}`)) await whole;
-  const stream = new Blob([bytesOf(byId(`${kind}-${part}`).textContent)]).stream();
+  const bytes = bytesOf(byId(`${kind}-${part}`).textContent);
+  if (kind === "texts" && D.packing === "bzip2") return bunzip2(bytes);
+  const stream = new Blob([bytes]).stream();
   return new Response(stream.pipeThrough(new DecompressionStream("deflate"))).text();
 }
 

@@ -158,6 +158,24 @@ def test_a_gated_page_says_in_its_place_that_a_text_is_withheld(
     assert back == "rgb(20, 23, 27)" and ink == "rgb(228, 232, 236)"
 
 
+def test_a_page_that_was_cut_says_so_and_unpacks_what_it_packed_denser(
+    opened: Open, run_dir: Path, tmp_path: Path
+) -> None:
+    written = write_page(run_dir, tmp_path / "page.html", redact=False, most_bytes=5000)
+    page = opened(written.path)
+    assert f"first {written.text_bytes} bytes of each text" in page.locator("#banner").inner_text()
+    go(page, "/", until="tasks")
+    page.wait_for_function("document.activeElement.id === 'search'")
+    page.keyboard.type("needle-07")
+    page.wait_for_function(f"document.getElementById('count').textContent === '1 of {TASKS} tasks'")
+    go(page, "Enter", "Enter", until="task/7")
+    assert "number 7 says needle-07" in page.locator("pre").all_inner_texts()
+    page.goto(f"{written.path.as_uri()}#/task/0")
+    page.wait_for_selector(".hits")
+    page.locator(".hits summary").click()
+    assert "left out of this page" in page.locator(".hits").inner_text()
+
+
 def test_a_run_with_hardly_anything_is_a_sentence(opened: Open, tmp_path: Path) -> None:
     for name, log in (("empty", []), ("one", [event("attempt", task="a")])):
         path = write_page(write_run(tmp_path / name, log), tmp_path / f"{name}.html").path
