@@ -16,7 +16,8 @@ from ray_app.errors import StorageError
 from ray_app.journal import Note, Record, RecordedCall, named_texts
 from ray_app.planning import Key
 
-CALL_KINDS = ("model_call", "retrieval", "code")
+# `tool_call`: of an environment (with a payload); as a note (without one) it is no call.
+CALL_KINDS = ("model_call", "retrieval", "code", "tool_call")
 COMPLETED = {"kind": CALL_KINDS, "status": {"ok"}}
 RETRY_S = 0.5
 NOTE_KINDS = ("turn", "tool_call", "verdict")
@@ -95,7 +96,7 @@ def records(run_dir: Path, keys: Collection[Key]) -> dict[Key, Record]:
         for row in batch.to_pylist()
         if (row["rollout_key"], row["trial"]) in wanted and not _is_second_opinion(row)
     ]
-    calls = [row for row in rows if row["kind"] in CALL_KINDS and row["status"] == "ok"]
+    calls = [row for row in rows if row["kind"] in CALL_KINDS and row["call_seq"] >= 0 and row["status"] == "ok"]
     # Where two attempts made the same call, what follows it in the log followed the later one's output.
     calls.sort(key=lambda row: (row["call_seq"], row["epoch"], row["attempt"]))
     found: dict[Key, list[RecordedCall]] = {}

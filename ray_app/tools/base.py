@@ -65,7 +65,7 @@ class Caller:
         request = ChatRequest(model, messages, sampling, tools, session=journal.task.rollout_key)
         asked = {
             "model": model,
-            "messages": [[message.role, message.content, list(message.images)] for message in messages],
+            "messages": [_asked(message) for message in messages],
             "sampling": sampling.model_dump(),
             "tools": list(tools),
         }
@@ -90,9 +90,17 @@ class Caller:
         return task.images if self.models[model].accepts_images else ()
 
 
+def _asked(message: Message) -> list[Any]:
+    asked = [message.role, message.content, list(message.images)]
+    if message.tool_calls or message.tool_call_id:
+        calls = [[call.call_id, call.name, call.arguments] for call in message.tool_calls]
+        return [*asked, calls, message.tool_call_id]
+    return asked
+
+
 def schema(tool: Tool, models: Mapping[str, ModelConfig]) -> dict[str, Any]:
     """The function tool that the orchestrator sees: one required argument, an alias from the enum."""
-    lines = [_describe(name, alias, models[alias.model]) for name, alias in tool.aliases.items()]
+    lines = [describe(name, alias, models[alias.model]) for name, alias in tool.aliases.items()]
     parameter = {
         "type": "string",
         "enum": list(tool.aliases),
@@ -113,7 +121,8 @@ def schema(tool: Tool, models: Mapping[str, ModelConfig]) -> dict[str, Any]:
     }
 
 
-def _describe(name: str, alias: Alias, model: ModelConfig) -> str:
+def describe(name: str, alias: Alias, model: ModelConfig) -> str:
+    """An alias as the orchestrator is told of it: what it is good at, its price, its usual latency."""
     price = f"${model.price.input:g} in, ${model.price.output:g} out per million tokens"
     latency = f", about {alias.latency_s:g} s" if alias.latency_s is not None else ""
     blurb = f"{alias.blurb}; " if alias.blurb else ""
