@@ -58,7 +58,8 @@ def main(
         if adopt is not None:
             console.print(driver.adopt(job, adoption.read_results(adopt, job.tasks_by_id)), highlight=False)
         solver_for = partial(SolverInWorker, job.config, job.prompts, job.isolation, job.keys())
-        command = driver.Command(console, solver_for, check_services, fresh, retry_failed, json, pictures)
+        check = partial(check_services, job)
+        command = driver.Command(console, solver_for, check, fresh, retry_failed, json, pictures)
         raise typer.Exit(driver.carry_out(job, command))
     except EvalError as error:
         raise typer.Exit(driver.report_error(error, console)) from None

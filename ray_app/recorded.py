@@ -96,7 +96,9 @@ def records(run_dir: Path, keys: Collection[Key]) -> dict[Key, Record]:
         for row in batch.to_pylist()
         if (row["rollout_key"], row["trial"]) in wanted and not _is_second_opinion(row)
     ]
-    calls = [row for row in rows if row["kind"] in CALL_KINDS and row["call_seq"] >= 0 and row["status"] == "ok"]
+    calls = [
+        row for row in rows if row["kind"] in CALL_KINDS and row["call_seq"] >= 0 and row["status"] == "ok"
+    ]
     # Where two attempts made the same call, what follows it in the log followed the later one's output.
     calls.sort(key=lambda row: (row["call_seq"], row["epoch"], row["attempt"]))
     found: dict[Key, list[RecordedCall]] = {}

@@ -40,7 +40,7 @@ class Said:
     at: float = 0.0
     took_s: float = 0.0
     cost_usd: float = 0.0
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
     source: Mapping[str, Any] = field(default_factory=dict)
 
 

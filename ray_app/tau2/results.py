@@ -32,7 +32,11 @@ def simulation_json(simulation: Simulation, reward: Reward | None = None) -> dic
         "messages": [message_json(entry, turn) for turn, entry in enumerate(entries)],
         "trial": simulation.trial,
         "seed": simulation.seed,
-        "info": {"domain": simulation.domain, "state_hash": simulation.state_hash, "detail": simulation.detail},
+        "info": {
+            "domain": simulation.domain,
+            "state_hash": simulation.state_hash,
+            "detail": simulation.detail,
+        },
     }
 
 

@@ -216,7 +216,9 @@ def _clean(reply: str) -> str:
     if not isinstance(results, list) or not all(isinstance(r, dict) and keys <= r.keys() for r in results):
         raise JudgeError(f"judge reply {reply[:200]!r}: expected a JSON object with results; judge it again")
     if not results or not all(isinstance(result["metExpectation"], bool) for result in results):
-        raise JudgeError(f"judge reply {reply[:200]!r}: expected true or false of each outcome; judge it again")
+        raise JudgeError(
+            f"judge reply {reply[:200]!r}: expected true or false of each outcome; judge it again"
+        )
     return json.dumps(fields)
 
 
