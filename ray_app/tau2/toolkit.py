@@ -61,7 +61,7 @@ class Toolkit:
 
     @classmethod
     def tool_names(cls) -> list[str]:
-        return [name for name in dir(cls) if kind_of_tool(getattr(cls, name)) is not None]
+        return [name for name, each in vars(cls).items() if kind_of_tool(each) is not None]
 
     @classmethod
     def kind(cls, name: str) -> Kind | None:

@@ -11,6 +11,7 @@ import gc
 import importlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -112,7 +113,7 @@ def _upstream() -> _Upstream:
 
 @contextmanager
 def _quiet_import() -> Iterator[None]:
-    """tau2 loads `.env` files, asks the web for prices and logs to the terminal: not here."""
+    """tau2 loads `.env` files, asks the web for prices, logs to the terminal and warns: not here."""
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     import dotenv
     from loguru import logger
@@ -121,7 +122,9 @@ def _quiet_import() -> Iterator[None]:
     load = dotenv.load_dotenv
     dotenv.load_dotenv = lambda *args, **kwargs: True
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         dotenv.load_dotenv = load
 
@@ -398,3 +401,8 @@ def freeze() -> None:
     """What is loaded now stays: the garbage collector need not look at it again for each simulation."""
     gc.collect()
     gc.freeze()
+
+
+def read_simulation(text: str) -> Any:
+    """A `SimulationRun` of tau2's from its JSON."""
+    return _upstream().simulations.SimulationRun.model_validate_json(text)
