@@ -15,11 +15,12 @@ from typing import Any
 
 from ray_app import judge, object_store, rundir, services
 from ray_app.agent import Agent
+from ray_app.budgets import in_time
 from ray_app.chat import ChatClient, Router
 from ray_app.config import Dataset, RunConfig
 from ray_app.dataset import TaskSet, load_tasks
 from ray_app.driver import Job, check_routes
-from ray_app.errors import ConfigError, EvalError, LimitReached, RunDirError
+from ray_app.errors import ConfigError, EvalError, RunDirError
 from ray_app.journal import Journal
 from ray_app.prompting import Prompts, load_prompts
 from ray_app.records import ExecutionResult, Task, Verdict
@@ -153,7 +154,7 @@ class HleSolver:
     client: ChatClient
 
     async def solve(self, task: Task, journal: Journal) -> Solved:
-        answer = await self._rollout(task, journal)
+        answer = await in_time(self.agent.run(task, journal), self.config.limits, "answer")
         verdict = judge.without_judge(task, answer.prediction, answer.response, self.config.protocol)
         if verdict is None:
             try:
@@ -168,17 +169,6 @@ class HleSolver:
             model=verdict.judge_model,
         )
         return Solved(answer.prediction, verdict)
-
-    async def _rollout(self, task: Task, journal: Journal) -> Answer:
-        limit_s = self.config.limits.wall_s
-        deadline = asyncio.timeout(limit_s)
-        try:
-            async with deadline:
-                return await self.agent.run(task, journal)
-        except TimeoutError:
-            if not deadline.expired():
-                raise  # of something inside, and no limit of the task
-            raise LimitReached(f"no answer within {limit_s:g} s (limits.wall_s)") from None
 
     async def _ask_judge(self, task: Task, answer: Answer, journal: Journal) -> Verdict:
         """The judge's verdict. Raises JudgeError when its reply cannot be read: the verdict is owed."""

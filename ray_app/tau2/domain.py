@@ -84,8 +84,11 @@ class Domain(Protocol):
         """What a judge has to be asked before `reward` can be told; () where nothing."""
         ...
 
+    def check_judged(self, spec: TaskSpec, judged: str) -> None:
+        """Raises JudgeError where the judge's reply cannot be read."""
+
     def reward(self, spec: TaskSpec, simulation: Simulation, judged: str) -> Reward:
-        """The reward; `judged` is the judge's reply. Raises JudgeError where that cannot be read."""
+        """The reward; `judged` is the judge's reply, "" where it was not asked."""
         ...
 
 

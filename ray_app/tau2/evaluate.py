@@ -53,8 +53,10 @@ def transcript(entries: Sequence[Entry]) -> str:
     return "\n".join(lines)
 
 
-def read_judged(reply: str, count: int) -> list[bool]:
-    """Whether each of `count` assertions is met, by the judge's reply. Raises JudgeError."""
+def read_judged(reply: str, spec: TaskSpec) -> list[bool]:
+    """Whether each of the task's assertions is met, by the judge's reply. Raises JudgeError."""
+    criteria = spec.evaluation_criteria
+    count = len((criteria and criteria.nl_assertions) or ())
     fields = extract.json_object(extract.without_thinking(reply)) or {}
     met = [fields.get(str(n)) for n in range(1, count + 1)]
     if not all(isinstance(value, bool) for value in met):

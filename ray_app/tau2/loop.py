@@ -76,6 +76,7 @@ class Dialogue:
     rules: Rules
     journal: Journal
     greeting: str
+    seed: int | None = None
     entries: list[Entry] = field(default_factory=list)
     to: Place = "user"
     steps: int = 0
@@ -83,27 +84,35 @@ class Dialogue:
     reason: Reason | None = None
     detail: str = ""
     state: str = ""
+    started: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.started = self.journal.clock()
 
     async def run(self, domain: str) -> Simulation:
         """The simulation, from its task's first message to its end."""
-        started = self.journal.clock()
         self.state = self.environment.state_hash()
         await self._begin()
         while self.reason is None:
             await self._step()
             self._check_rules()
+        return self.so_far(domain, self.reason)
+
+    def so_far(self, domain: str, reason: Reason) -> Simulation:
+        """What there is of the simulation, as one that ended for `reason`."""
         return Simulation(
             task_id=self.spec.id,
             domain=domain,
-            reason=self.reason,
+            reason=reason,
             entries=tuple(self.entries),
             steps=self.steps,
             errors=self.errors,
             state_hash=self.environment.state_hash(),
-            started=started,
+            started=self.started,
             ended=self.journal.clock(),
             is_solo=self.rules.is_solo,
             trial=self.journal.base.trial,
+            seed=self.seed,
             detail=self.detail,
         )
 

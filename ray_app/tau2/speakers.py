@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ray_app import extract
-from ray_app.config import Alias, Sampling
+from ray_app.budgets import check_spent
+from ray_app.config import Alias, Sampling, TaskLimits
 from ray_app.errors import EvalError, kind_of
 from ray_app.journal import Journal
 from ray_app.prompting import Prompts
@@ -43,12 +44,15 @@ class ModelSpeaker:
     caller: Caller
     journal: Journal
     prompts: Prompts
+    limits: TaskLimits
     experts: Mapping[str, Alias] = field(default_factory=dict)
+    expert_system: str = ""  # the experts' own, which tells of no further expert
     is_solo: bool = False
 
     async def speak(self, entries: Sequence[Entry]) -> Said:
         started = self.journal.timer()
-        reply = await self._ask(self.role, self.model, self.sampling, entries, self._offered())
+        asked = chat(self.side, self.system, entries)
+        reply = await self._ask(self.role, self.model, self.sampling, asked, self._offered())
         replies = [(self.role, reply)]
         name = self._expert(reply)
         if name is not None:
@@ -71,10 +75,11 @@ class ModelSpeaker:
 
     async def _ask_expert(self, name: str, entries: Sequence[Entry]) -> ChatReply:
         journal, alias = self.journal, self.experts[name]
+        asked = chat(self.side, self.expert_system, entries)
         journal.tool, journal.alias = CALL_EXPERT, name
         started = journal.timer()
         try:
-            reply = await self._ask("expert", alias.model, alias.sampling, entries, self.schemas)
+            reply = await self._ask("expert", alias.model, alias.sampling, asked, self.schemas)
         except EvalError as error:
             journal.note(
                 "tool_call",
@@ -94,16 +99,17 @@ class ModelSpeaker:
         role: Role,
         model: str,
         sampling: Sampling,
-        entries: Sequence[Entry],
+        asked: tuple[Message, ...],
         schemas: tuple[Schema, ...],
     ) -> ChatReply:
-        messages = chat(self.side, self.system, entries)
+        messages = asked
         names = {schema["function"]["name"] for schema in schemas}
 
         def check(reply: ChatReply) -> None:
             self._check(reply, may_ask_expert=CALL_EXPERT in names)
 
         for tries in range(MAX_REPLIES):
+            check_spent(self.limits, self.journal)
             try:
                 return await self.caller.ask(
                     self.journal, role, model, messages, sampling, schemas, check=check
@@ -112,7 +118,7 @@ class ModelSpeaker:
                 if tries == MAX_REPLIES - 1:
                     raise
                 told = Message("user", self.prompts.render("feedback", reason=str(error)).strip())
-                messages = (*chat(self.side, self.system, entries), told)
+                messages = (*asked, told)
         raise AssertionError("unreachable: the last try returns or raises")
 
     def _offered(self) -> tuple[Schema, ...]:

@@ -191,6 +191,9 @@ class UpstreamDomain:
             return tuple(Message(message.role, message.content or "") for message in asked.messages)
         return ()
 
+    def check_judged(self, spec: TaskSpec, judged: str) -> None:
+        _clean(judged)
+
     def reward(self, spec: TaskSpec, simulation: Simulation, judged: str) -> Reward:
         """The official reward."""
         tau2 = _upstream()

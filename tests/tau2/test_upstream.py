@@ -105,7 +105,7 @@ async def test_tau2_reads_our_results() -> None:
 
 
 def test_an_unknown_domain_is_one_line() -> None:
-    with pytest.raises(ConfigError, match="'chemistry': no such domain; there are service_desk, .*airline"):
+    with pytest.raises(ConfigError, match="'chemistry': no such domain; there are service_desk, airline"):
         UpstreamDomain("chemistry")
 
 

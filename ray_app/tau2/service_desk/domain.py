@@ -86,8 +86,9 @@ class ServiceDesk:
     def questions(self, spec: TaskSpec, simulation: Simulation) -> tuple[Message, ...]:
         return evaluate.questions(self.prompts, spec, simulation)
 
+    def check_judged(self, spec: TaskSpec, judged: str) -> None:
+        evaluate.read_judged(judged, spec)
+
     def reward(self, spec: TaskSpec, simulation: Simulation, judged: str) -> Reward:
-        criteria = spec.evaluation_criteria
-        listed = (criteria and criteria.nl_assertions) or ()
-        met = evaluate.read_judged(judged, len(listed)) if judged else []
+        met = evaluate.read_judged(judged, spec) if judged else []
         return evaluate.evaluate(self, spec, simulation, met)
