@@ -131,7 +131,7 @@ def _assertions(spec: TaskSpec) -> list[str]:
 
 
 def _corrupted(domain: UpstreamDomain, spec: TaskSpec) -> GoldScript:
-    """The gold replay without what changes the data; where nothing does, with a change that nobody wants.
+    """The gold replay without what changes the data, and with a change that nobody wants.
 
     In telecom, which asks for calls too, without any.
     """
@@ -141,9 +141,7 @@ def _corrupted(domain: UpstreamDomain, spec: TaskSpec) -> GoldScript:
     environment = domain.environment()
     assert isinstance(environment, UpstreamEnvironment)
     kept = [action for action in script.actions if not environment.mutates(action.name)]
-    if len(kept) == len(script.actions):
-        kept.append(_unwanted(domain.name, environment.inner.tools.db))
-    return GoldScript(kept, script.told)
+    return GoldScript([*kept, _unwanted(domain.name, environment.inner.tools.db)], script.told)
 
 
 def _unwanted(name: str, db: Any) -> Action:
