@@ -17,7 +17,7 @@ import duckdb
 from ray_app import events
 
 TOOLS = ("enhance_reasoning", "search", "answer")
-OTHER_WORK = ("orchestrator", "judge", "retrieval", "code")
+OTHER_WORK = ("orchestrator", "user", "judge", "retrieval", "code")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ def open_run(run_dir: Path) -> RunLog:
 
 
 def tool_table(log: RunLog) -> list[ToolRow]:
-    """The tools, unknown ones after the known, then the orchestrator, the judge, retrieval and code."""
+    """The tools, unknown ones after the known, then the models by role, retrieval and code."""
     rows = [ToolRow(*row) for row in log.ask(_TOOL_TABLE)]
     return sorted(rows, key=lambda row: (row.share is None, _place(row.name)))
 
