@@ -69,6 +69,7 @@ _COLUMNS = [
     *("kind", "epoch", "rollout_key", "judge_key", "trial", "call_seq", "role", "tool", "alias", "model"),
     *("status", "exit_status", "is_replayed", "t_start", "duration_s", "prefill_s", "decode_s"),
     *("prompt_tokens", "cached_tokens", "completion_tokens", "cost_usd", "retries", "detail"),
+    *("web_calls", "context_cut"),
 ]
 # `work` is what a call's time counts as, `payer` where its tokens and cost are shown: an expert's time
 # is inside its tool call, its tokens belong to the tool. A program that ends badly has status ok,

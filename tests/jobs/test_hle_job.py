@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ray_app import events
+from ray_app.prompting import load_prompts
 from tests.jobs.cluster import Cluster, finished, running, until
 from tests.model_server import serving
 
@@ -104,6 +105,41 @@ def test_a_driver_that_is_stopped_or_killed_half_way_is_finished_by_the_same_com
     ]
     repeated = len(ok_calls) - len(set(ok_calls))
     assert repeated == 0 if number != signal.SIGKILL else repeated <= 6
+
+
+def test_a_run_is_replayed_without_services_and_another_prompt_is_found_out(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    run_dir, out = tmp_path / "run", tmp_path / "figures.json"
+    output = finished(cluster.job("--run-dir", str(run_dir), "--set", "dataset.limit=6"))
+    assert "6 planned = 6 ok" in output
+    # A Ray of its own, in which nothing is served; a key that is not there is not missed.
+    keyed = "models.baseline.endpoints=[{base_url: http://127.0.0.1:9/v1, api_key_env: NO_SUCH_KEY}]"
+    replay = ("--replay", str(run_dir), "--set", keyed, "--json", str(out))
+
+    output = finished(cluster.job(*replay, RAY_ADDRESS="local"))
+    told = figures(out)
+    assert (told["replayed"], told["equal"], told["diverged"], told["exit_code"]) == (6, 6, [], 0), output
+    assert "6 tasks, 6 equal, 0 diverged" in output and "not on this machine" not in output
+    assert (
+        events.results(Path(told["run_dir"]))["is_correct"].sort()
+        == events.results(run_dir)["is_correct"].sort()
+    )
+
+    (tmp_path / "prompts").mkdir()
+    ours = load_prompts().texts["search"]
+    (tmp_path / "prompts" / "search.txt").write_text(ours + "Be brief.\n")
+    job = cluster.job(*replay, "--set", f"prompts={tmp_path / 'prompts'}")
+    output, told = finished(job), figures(out)
+    assert (job.returncode, told["exit_code"], told["equal"]) == (1, 1, 0), output
+    assert told["differences"] == ["prompt_digest"]
+    assert {(one["turn"], one["call"]) for one in told["diverged"]} == {(0, 1)}
+    expected = "search/search-1 model_call, request "
+    assert all(one["recorded"].startswith(expected) for one in told["diverged"])
+
+
+def verdicts(run_dir: Path) -> dict[str, bool]:
+    return {row["task_id"]: row["is_correct"] for row in events.results(run_dir).to_pylist()}
 
 
 def test_both_forms_of_submission_run_the_job_and_resume_it(cluster: Cluster) -> None:
