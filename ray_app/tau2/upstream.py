@@ -205,7 +205,7 @@ class UpstreamDomain:
         _clean(judged)
 
     def reward(self, spec: TaskSpec, simulation: Simulation, judged: str) -> Reward:
-        """The official reward."""
+        """The official reward. Raises JudgeError where tau2's evaluator fails, as in odd end states."""
         tau2 = _upstream()
         run = tau2.simulations.SimulationRun.model_validate(simulation_json(simulation))
         token = _judged.set(_clean(judged) if judged else None)
@@ -217,6 +217,8 @@ class UpstreamDomain:
                 solo_mode=simulation.is_solo,
                 domain=self.name,
             )
+        except Exception as error:  # of an assertion that finds nothing to look at, say: no reward is known
+            raise JudgeError(f"tau2's evaluator: {type(error).__name__}: {error}") from error
         finally:
             _judged.reset(token)
         record = info.model_dump(mode="json")
@@ -416,6 +418,6 @@ def freeze() -> None:
     gc.freeze()
 
 
-def read_simulation(text: str) -> Any:
-    """A `SimulationRun` of tau2's from its JSON."""
-    return _upstream().simulations.SimulationRun.model_validate_json(text)
+def read_results(text: str) -> Any:
+    """tau2's own `Results` from their JSON."""
+    return _upstream().simulations.Results.model_validate_json(text)
