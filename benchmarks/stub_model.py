@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -40,10 +40,15 @@ _HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %s\r\n"
 
 @dataclass(frozen=True, slots=True)
 class Behaviour:
-    """How the stub answers: mean latency (s) of its lognormal, and the bytes of a reply's text."""
+    """How the stub answers: mean latency (s) of its lognormal, the bytes of a reply's text, its pieces.
+
+    The pieces come in two packets, or in one each where `is_gradual`.
+    """
 
     mean_s: float
     reply_bytes: int
+    chunks: int = CHUNKS
+    is_gradual: bool = False
 
     def latency_s(self, seed: int) -> float:
         """The latency of the request with this seed; the same in every process."""
@@ -104,21 +109,26 @@ class Connection(asyncio.Protocol):
         seeds = _SEED.findall(request)
         seed = int(seeds[-1]) if seeds else 0
         latency_s = self._behaviour.latency_s(seed)
-        first, rest = stream(self._behaviour.text(seed))
+        first, *rest = packets(self._behaviour.text(seed), self._behaviour)
         later = asyncio.get_running_loop().call_later
-        self._timers = [
-            later(latency_s * PREFILL_SHARE, self._transport.write, first),
-            later(latency_s, self._transport.write, rest),
+        begin_s = latency_s * PREFILL_SHARE
+        step_s = (latency_s - begin_s) / len(rest)
+        self._timers = [later(begin_s, self._transport.write, first)]
+        self._timers += [
+            later(begin_s + step_s * number, self._transport.write, packet)
+            for number, packet in enumerate(rest, 1)
         ]
 
 
-def stream(text: str) -> tuple[bytes, bytes]:
+def packets(text: str, behaviour: Behaviour) -> list[bytes]:
     """A streamed chat completion: what goes out with the first token, and the rest."""
-    size = -(-len(text) // CHUNKS) or 1
+    size = -(-len(text) // behaviour.chunks) or 1
     pieces = [text[start : start + size] for start in range(0, len(text), size)] or [""]
     lines = [_chunk({"content": piece}) for piece in pieces] + [_chunk({}, "stop"), _usage_chunk(), b"[DONE]"]
     head = _HEAD % b"text/event-stream" + b"transfer-encoding: chunked\r\n\r\n"
-    return head + _framed(lines[0]), b"".join(map(_framed, lines[1:])) + b"0\r\n\r\n"
+    first, *rest = map(_framed, lines)
+    whole = rest if behaviour.is_gradual else [b"".join(rest)]
+    return [head + first, *whole[:-1], whole[-1] + b"0\r\n\r\n"]
 
 
 def _framed(line: bytes) -> bytes:
@@ -156,9 +166,8 @@ async def serve(behaviour: Behaviour) -> None:
 
 
 def main() -> None:
-    """Serve `mean_s reply_bytes` of the command line; ends when killed."""
-    mean_s, reply_bytes = sys.argv[1:]
-    asyncio.run(serve(Behaviour(float(mean_s), int(reply_bytes))))
+    """Serve the behaviour on the command line (JSON); ends when killed."""
+    asyncio.run(serve(Behaviour(**json.loads(sys.argv[1]))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +182,7 @@ class Server:
 def serving(behaviour: Behaviour) -> Iterator[Server]:
     """A stub server in a process of its own, killed at the end."""
     program = "from benchmarks.stub_model import main; main()"
-    command = [sys.executable, "-c", program, str(behaviour.mean_s), str(behaviour.reply_bytes)]
+    command = [sys.executable, "-c", program, json.dumps(asdict(behaviour))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
