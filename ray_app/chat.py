@@ -263,6 +263,14 @@ def _tool_options(request: ChatRequest, model: ModelConfig) -> dict[str, Any]:
 
 def as_openai(message: Message) -> dict[str, Any]:
     """The message in the chat-completions shape; images follow the text as image parts."""
+    if message.role == "tool":
+        return {"role": "tool", "content": message.content, "tool_call_id": message.tool_call_id}
+    if message.tool_calls:
+        calls = [
+            {"id": c.call_id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+            for c in message.tool_calls
+        ]
+        return {"role": message.role, "content": message.content or None, "tool_calls": calls}
     if not message.images:
         return {"role": message.role, "content": message.content}
     images = [{"type": "image_url", "image_url": {"url": url}} for url in message.images]

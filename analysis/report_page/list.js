@@ -49,6 +49,7 @@ async function search(typed) {
   const escaped = words.map((one) => JSON.stringify(one).slice(1, -1));
   view.matched = new Set(T.id.map((_, task) => task).filter((task) => words.every((one) => ABOUT[task].includes(one))));
   arrange();
+  let told = performance.now();
   for (let part = 0; part < D.parts.length && !D.withheld; part++) {
     const lines = await searchable(part);
     if (run !== view.search) return undefined;
@@ -56,11 +57,12 @@ async function search(typed) {
       const task = FIRST[part] + place;
       if (words.every((one, at) => line.includes(escaped[at]) || ABOUT[task].includes(one))) view.matched.add(task);
     });
-    if (part % 8 === 7) {
+    if (performance.now() - told > 80) {
       tell(`searching the texts, ${percent(part / D.parts.length, 0)}`);
       arrange();
       await new Promise((done) => setTimeout(done));
       if (run !== view.search) return undefined;
+      told = performance.now();
     }
   }
   arrange();
