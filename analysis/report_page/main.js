@@ -123,4 +123,4 @@ document.addEventListener("keydown", keyed);
 addEventListener("hashchange", render);
 addEventListener("resize", draw);
 banner();
-render().then(() => performance.mark("interactive"));
+render();

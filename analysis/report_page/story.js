@@ -1,5 +1,5 @@
 // One task, turn by turn.
-const STAGE = (row) => row.kind === "model_call" ? (row.role || "other") : row.kind === "retrieval" ? (row.web ? "web" : "retrieval") : row.kind === "code" ? "code" : "other";
+const STAGE = (row) => row.kind === "model_call" ? (F.stages.includes(row.role) ? row.role : "other") : row.kind === "retrieval" ? (row.web ? "web" : "retrieval") : row.kind === "code" ? "code" : "other";
 const QUIET = new Set(["attempt", "turn"]);
 
 async function storyPage(task) {

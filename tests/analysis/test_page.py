@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from analysis.gated import gated_reason
@@ -14,6 +15,7 @@ from analysis.page_parts import LEAST_DOCUMENT, LEAST_TEXT, Packed, pack, plan, 
 from analysis.page_tasks import Most, Vocabulary, parts_of, tasks_of
 from analysis.page_texts import CUT_BYTES, Texts, cut
 from analysis.questions import Questions
+from analysis.story import story_of
 from ray_app.errors import RunDirError
 from tests.analysis.pages import (
     HARM,
@@ -63,6 +65,27 @@ def test_what_models_and_ids_say_cannot_become_markup(gated: Path, tmp_path: Pat
     assert "<img" not in markup and "window.pwned = " in markup and HARM not in markup
     data = markup.partition('id="data">')[2].partition("</script>")[0]
     assert HARMED_ID in json.loads(data)["tasks"]["id"]
+
+
+def test_the_page_tells_the_same_rows_in_the_same_order_as_show(gated: Path, tmp_path: Path) -> None:
+    markup, packed = contents(write_page(gated, tmp_path / "page.html").path)
+    data = json.loads(markup.partition('id="data">')[2].partition("</script>")[0])
+    columns, words, first = json.loads(packed[0]), data["words"], 0
+    for task, count in enumerate(columns["count"]):
+        story = story_of(gated, data["tasks"]["id"][task])
+        steps = [step for attempt in story.attempts for turn in attempt.turns for step in turn.steps]
+        own = range(first, first + count)
+        told = [
+            (words[columns["kind"][at]], words[columns["model"][at]], words[columns["status"][at]])
+            for at in own
+        ]
+        assert told == [(step.kind, step.model, step.status) for step in steps]
+        spans = [columns["duration_s"][at] * 1e-4 for at in own]
+        assert spans == pytest.approx([step.duration_s for step in steps], abs=5e-5)
+        began = np.cumsum(columns["since"])[list(own)] / 1e6
+        assert (began - began[0]).tolist() == pytest.approx([step.at_s for step in steps], abs=1e-5)
+        first += count
+    assert first == len(columns["kind"]) and len(columns["count"]) == TASKS
 
 
 def test_questions_are_shown_only_from_the_file_that_the_run_asked(gated: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from analysis.page import write_page
 from benchmarks.analysis_run import make_run, write_finished
@@ -18,7 +18,6 @@ from benchmarks.chromium import NAMES, OPTIONS, READY, chromium
 from tests.analysis.pages import HARM, SECRET, TASKS, with_questions, write_hostile
 from tests.analysis.runs import event, write_run
 
-SHOWN = "document.documentElement.dataset.shown"
 Open = Callable[..., Page]
 
 
@@ -46,7 +45,7 @@ def opened(browser: Browser) -> Iterator[Open]:
         page.on("dialog", lambda dialog: said.append(f"dialog {dialog.message}"))
         page.on("request", lambda request: said.append(request.url) if request.url != path.as_uri() else None)
         page.goto(path.as_uri())
-        page.wait_for_function(READY)
+        page.wait_for_selector(READY)
         return page
 
     yield open_page
@@ -72,7 +71,7 @@ def whole(run_dir: Path) -> Path:
 def go(page: Page, *keys: str, until: str) -> None:
     for key in keys:
         page.keyboard.press(key)
-    page.wait_for_function(f"{SHOWN}.startsWith('{until}')")
+    page.wait_for_selector(f"html[data-shown^='{until}']")
 
 
 def rows(page: Page, column: int = 2) -> list[str]:
@@ -82,9 +81,9 @@ def rows(page: Page, column: int = 2) -> list[str]:
 def test_a_task_is_found_opened_read_and_left_by_keys_alone(opened: Open, whole: Path) -> None:
     page = opened(whole)
     go(page, "/", until="tasks")
-    page.wait_for_function("document.activeElement.id === 'search'")
+    expect(page.locator("#search")).to_be_focused()
     page.keyboard.type("NEEDLE-1")
-    page.wait_for_function(f"document.getElementById('count').textContent === '10 of {TASKS} tasks'")
+    expect(page.locator("#count")).to_have_text(f"10 of {TASKS} tasks")
     assert rows(page) == [f"task-{number}" for number in range(10, 20)]
     page.keyboard.press("Enter")  # out of the field
     go(page, "j", "ArrowDown", "ArrowDown", "k", "Enter", until="task/12")
@@ -132,7 +131,7 @@ def test_lists_and_tables_sort_and_filter(opened: Open, whole: Path) -> None:
     assert rows(page) == ["task-10", "task-20", "task-30"]
     page.locator("#filter-model").select_option("qwen")
     page.get_by_role("button", name="Reset").click()
-    page.wait_for_function(f"document.getElementById('count').textContent === '{TASKS} of {TASKS} tasks'")
+    expect(page.locator("#count")).to_have_text(f"{TASKS} of {TASKS} tasks")
     go(page, "3", until="usage")
     model = page.locator("section", has_text="By tool and model").locator("tbody td:nth-child(2)")
     calls = page.locator("section", has_text="By tool and model").locator("tbody td:nth-child(3)")
@@ -165,9 +164,9 @@ def test_a_page_that_was_cut_says_so_and_unpacks_what_it_packed_denser(
     page = opened(written.path)
     assert f"first {written.text_bytes} bytes of each text" in page.locator("#banner").inner_text()
     go(page, "/", until="tasks")
-    page.wait_for_function("document.activeElement.id === 'search'")
+    expect(page.locator("#search")).to_be_focused()
     page.keyboard.type("needle-07")
-    page.wait_for_function(f"document.getElementById('count').textContent === '1 of {TASKS} tasks'")
+    expect(page.locator("#count")).to_have_text(f"1 of {TASKS} tasks")
     go(page, "Enter", "Enter", until="task/7")
     assert "number 7 says needle-07" in page.locator("pre").all_inner_texts()
     page.goto(f"{written.path.as_uri()}#/task/0")
