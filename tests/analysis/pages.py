@@ -70,6 +70,10 @@ def _other(tell: Teller, number: int) -> None:
     reply = ChatReply(f"number {number} says needle-{number:02d}", model="gpt" if number % 2 else "qwen")
     tell.call(CHAT, reply, 10 * number + 1, turn=0, role="orchestrator", duration_s=0.5)
     tell.note("turn", 10 * number + 1, turn=0, duration_s=0.5)
+    if number == 5:  # tried again where the clock is behind
+        again: dict[str, Any] = {"epoch": 2, "attempt": 2}
+        tell.note("attempt", 10 * number - 3, **again)
+        tell.note("turn", 10 * number - 2, turn=0, duration_s=0.25, **again)
     outcome = "limited" if number % 10 == 0 else "ok"
     tell.result(
         10 * number + 2,
