@@ -57,7 +57,10 @@ async function render() {
   if (shown !== current) return;
   byId("main").replaceChildren(...content.flat(Infinity).filter(Boolean));
   if (isNew) scrollTo(0, 0);
-  if (at >= 0) byId("task-title").focus({ preventScroll: true });
+  if (at >= 0) {
+    byId("task-title").focus({ preventScroll: true });
+    if (view.order.includes(at)) view.selected = view.order.indexOf(at);
+  }
   if (current === "tasks" && COUNT) {
     tell("");
     draw();
