@@ -58,7 +58,7 @@ EVERY = tuple(
         (*BASE, *FACTS, *WORK, *STAGES, *SPANS, *RESULTS, "call_seq", "retries", "web_calls", "context_cut")
     )
 )
-_FEW = 256  # words whose codes are bytes: a mask of a million rows then takes a tenth of the time
+_FEW = 256  # words whose codes are bytes: a mask of a million rows then takes a third of the time
 CALLS = ("model_call", "tool_call", "retrieval", "code")
 
 
@@ -129,7 +129,8 @@ class RunLog:
         """A column of whole numbers; 0 where a row says nothing."""
         if column not in self._ints:
             values, unsaid = self._raw(column)
-            self._ints[column] = (values if unsaid is None else np.where(unsaid, 0, values)).astype(np.int64)
+            known = values if unsaid is None else np.where(unsaid, 0, values)
+            self._ints[column] = known.astype(np.int64, copy=False)
         return self._ints[column]
 
     def is_true(self, column: str) -> Mask:
@@ -312,12 +313,13 @@ def said(values: Floats) -> Floats:
     return values[~unsaid] if unsaid.any() else values
 
 
-def split(log: RunLog, words: Words, column: str, rows: Ints) -> dict[str, Floats]:
-    """The numbers that these rows say in a column, by word; the most frequent word first."""
+def split(words: Words, rows: Ints, values: Floats) -> dict[str, Floats]:
+    """The `values` of these rows that are said, by the word of the row; the most frequent word first."""
     codes = words.codes[rows]
-    ends = np.cumsum(np.bincount(codes, minlength=len(words.names))).tolist()
-    values = log.at(column, rows[np.argsort(codes, kind="stable")])
-    parts = (said(values[start:end]) for start, end in pairwise([0, *ends]))
+    order = np.argsort(codes, kind="stable")
+    edges = np.searchsorted(codes[order], np.arange(len(words.names) + 1)).tolist()
+    ordered = values[order]
+    parts = (said(ordered[start:end]) for start, end in pairwise(edges))
     found = [(name, own) for name, own in zip(words.names, parts, strict=True) if len(own)]
     return dict(sorted(found, key=lambda item: (-len(item[1]), item[0])))
 

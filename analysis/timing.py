@@ -115,25 +115,28 @@ def quantities(log: RunLog) -> Iterator[Series]:
     """What `series` gives, as it lies in the log: unsorted."""
     tools, models = log.words("tool"), log.words("model")
     is_tool, is_model = log.kind("tool_call"), log.kind("model_call")
-    by_tool = split(log, tools, "duration_s", np.flatnonzero(log.timed & is_tool))
-    failed = counts(tools, log.calls & is_tool & log.is_error)
+    failures = log.calls & log.is_error
+    rows = np.flatnonzero(log.timed & is_tool)
+    by_tool = split(tools, rows, log.at("duration_s", rows))
+    failed = counts(tools, failures & is_tool)
     yield from _if_any("tool", ALL, np.concatenate([*by_tool.values(), np.empty(0)]), sum(failed.values()))
     for name in sorted({*by_tool, *failed}, key=place):
         yield from _if_any("tool", name, by_tool.get(name, np.empty(0)), failed.get(name, 0))
+    masks = stage_masks(log)
     # The orchestrator's calls first, so that its times are the head of all.
-    is_own = log.timed & log.role("orchestrator")
-    own = np.flatnonzero(is_own)
-    rows = np.concatenate([own, np.flatnonzero(log.timed & is_model & ~is_own)])
-    by_model = split(log, models, "duration_s", rows)
-    failed = counts(models, log.calls & is_model & log.is_error)
+    own = np.flatnonzero(log.timed & masks["orchestrator"])
+    rows = np.concatenate([own, np.flatnonzero(log.timed & is_model & ~masks["orchestrator"])])
+    duration = log.at("duration_s", rows)
+    by_model = split(models, rows, duration)
+    failed = counts(models, failures & is_model)
     for name in dict.fromkeys([*by_model, *failed]):
         yield from _if_any("model", name or "(unknown)", by_model.get(name, np.empty(0)), failed.get(name, 0))
     spent = {name: log.at(f"{name}_s", rows) for name in PARTS[:3]}
     for name, values in spent.items():
         yield from _if_any("stage", name, said(values))
-    for name, mask in stage_masks(log).items():
-        failures = int((log.calls & mask & log.is_error).sum())
-        yield from _if_any("stage", name, log.pick("duration_s", np.flatnonzero(log.timed & mask)), failures)
+    for name, mask in masks.items():
+        found = duration[: len(own)] if name == "orchestrator" else log.at("duration_s", log.timed & mask)
+        yield from _if_any("stage", name, said(found), int((failures & mask).sum()))
     yield from _orchestrator(log, own, {name: values[: len(own)] for name, values in spent.items()})
 
 
