@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, get_type_hints
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ray_app.config import RunConfig, explain
+from ray_app.config import BaseRun, explain
 from ray_app.errors import ConfigError, InfrastructureError
 from ray_app.failure import last_error, root_cause
 from ray_app.rundir import PACKAGE
@@ -103,11 +103,12 @@ def _args(app: Mapping[str, Any]) -> dict[str, Any]:
     return {**app.get("args", {}), **({"user_config": settings} if settings else {})}
 
 
-def needed(config: RunConfig) -> list[str]:
+def needed(config: BaseRun) -> list[str]:
     """The applications that this run's config refers to."""
     names = [endpoint.service for model in config.models.values() for endpoint in model.endpoints]
-    if config.retriever.enabled and "search" in config.tools and config.retriever.url is None:
-        names.append(config.retriever.service)
+    retriever = config.retriever_used()
+    if retriever is not None and retriever.url is None:
+        names.append(retriever.service)
     return sorted({name for name in names if name})
 
 
