@@ -19,11 +19,11 @@ from analysis.log import SPANS, STAGES, Floats, Ints, Mask, RunLog
 from analysis.numbers import quantiles
 from analysis.timing import stage_masks
 
-STAGE_NAMES = ("queue", "orchestrator", "expert", "retrieval", "web", "code", "judge", "other")
+STAGE_NAMES = ("queue", "orchestrator", "expert", "user", "retrieval", "web", "code", "judge", "other")
 COLUMNS = (*SPANS, *STAGES, "outcome")
 DONE_AT = (0.5, 0.9, 0.95, 0.99, 1.0)
 SHOWN = 20
-_MODEL_STAGES = ("orchestrator", "expert", "judge")
+_MODEL_STAGES = ("orchestrator", "expert", "user", "judge")
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ STAGE_COLOURS = {
     "queue": "#8a9099",
     "orchestrator": BLUE,
     "expert": ORANGE,
+    "user": "#2fa7a0",
     "retrieval": GREEN,
     "web": YELLOW,
     "code": PURPLE,

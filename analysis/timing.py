@@ -139,6 +139,7 @@ def stage_masks(log: RunLog) -> dict[str, Mask]:
     return {
         "orchestrator": log.role("orchestrator"),
         "expert": log.role("expert"),
+        "user": log.role("user"),
         "judge": log.role("judge"),
         "retrieval": retrieval & ~web,
         "web": retrieval & web,
@@ -197,7 +198,7 @@ def components(log: RunLog) -> list[Components]:
         if n[code]
     ]
     found.sort(key=lambda row: place(row.name))
-    for role in ("orchestrator", "judge"):
+    for role in ("orchestrator", "user", "judge"):
         mask = timed & masks[role]
         if calls := int(mask.sum()):
             own = {part: float(np.nansum(log.numbers(f"{part}_s")[mask])) for part in PARTS[:3]}

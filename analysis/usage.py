@@ -16,7 +16,8 @@ from analysis.numbers import ordered, quantiles
 from analysis.timing import TOOLS
 
 COLUMNS = (*WORK, *STAGES)
-OTHER_WORK = ("orchestrator", "judge", "retrieval", "code")
+OTHER_WORK = ("orchestrator", "user", "judge", "retrieval", "code")
+ROLES = ("orchestrator", "user", "judge")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def usage(log: RunLog) -> Usage:
 
 
 def tool_table(log: RunLog) -> list[ToolRow]:
-    """The tools, unknown ones after the known, then the orchestrator, the judge, retrieval and code."""
+    """The tools, unknown ones after the known, then the models by role, retrieval and code."""
     works = _works(log)
     total = sum(int(work.calls.sum()) for work in works if work.name not in OTHER_WORK)
     return [_tool_row(log, work, total) for work in works]
@@ -105,7 +106,7 @@ def _works(log: RunLog) -> list[_Work]:
     known = [name for name in TOOLS if name in names] + sorted(names.difference(TOOLS))
     found = [_Work(name, called & tools.is_in(name), expert & tools.is_in(name)) for name in known]
     for name in OTHER_WORK:
-        mask = log.calls & (log.role(name) if name in {"orchestrator", "judge"} else log.kind(name))
+        mask = log.calls & (log.role(name) if name in ROLES else log.kind(name))
         if mask.any():
             found.append(_Work(name, mask, mask))
     return found

@@ -24,7 +24,7 @@ from ray_app import adopt as adoption
 from ray_app import driver, object_store, preview
 from ray_app.config import load
 from ray_app.errors import ConfigError, EvalError
-from ray_app.hle import ReplayInWorker, SolverInWorker, check_services, read_job, read_replay
+from ray_app.hle import HleJob, ReplayInWorker, SolverInWorker, check_services, read_job, read_replay
 from ray_app.recording import Recording
 from ray_app.worker import SolverFactory
 
@@ -71,7 +71,8 @@ def main(
             if plan or adopt is not None or fresh or retry == "failed":
                 raise ConfigError("--replay: goes with --config, --set, --run-dir and --json only")
             job, solver_for = _replay(replay, config, set_ or (), run_dir)
-            command = driver.Command(console, solver_for, check_services, json_path=json)
+            check = partial(check_services, job)
+            command = driver.Command(console, solver_for, check, json_path=json)
             raise typer.Exit(driver.carry_out(job, command))
         job = read_job(load(config or SAMPLE, set_ or ()), run_dir)
         if plan:
@@ -80,7 +81,8 @@ def main(
         if adopt is not None:
             console.print(driver.adopt(job, adoption.read_results(adopt, job.tasks_by_id)), highlight=False)
         solver_for = partial(SolverInWorker, job.config, job.prompts, job.isolation, job.keys())
-        command = driver.Command(console, solver_for, check_services, fresh, retry_failed, json, pictures)
+        check = partial(check_services, job)
+        command = driver.Command(console, solver_for, check, fresh, retry_failed, json, pictures)
         raise typer.Exit(driver.carry_out(job, command))
     except EvalError as error:
         raise typer.Exit(driver.report_error(error, console)) from None
@@ -91,7 +93,7 @@ def main(
 
 def _replay(
     run: Path, config: Path | None, overrides: Sequence[str], run_dir: Path | None
-) -> tuple[driver.Job, Callable[[Mapping[str, str]], SolverFactory]]:
+) -> tuple[HleJob, Callable[[Mapping[str, str]], SolverFactory]]:
     """The replay of `run`, by default under its own config, whatever the environment says today."""
     recorded = Recording.of(object_store.local(run))
     saved = recorded.run_dir / "config.yaml"

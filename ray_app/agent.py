@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ray_app.budgets import check_spent
 from ray_app.config import Limits, Orchestrator
 from ray_app.errors import LimitReached, ToolError
 from ray_app.journal import Journal
@@ -50,7 +51,7 @@ class Agent:
 
         Budgets hold for each call, so that a turn stops in its middle; the judge is not one of them.
         """
-        journal.guard = self._check_limits
+        journal.guard = partial(check_spent, self.limits)
         try:
             return await self._turns(task, journal)
         finally:
@@ -60,7 +61,6 @@ class Agent:
         space = Workspace()
         feedback = ""
         for turn in range(self.limits.max_rounds):
-            self._check_limits(journal)
             journal.turn = turn
             started = journal.timer()
             offered = self._offered(space)
@@ -140,15 +140,6 @@ class Agent:
         allowed = [tool for tool in self.tools if tool.name not in waits]
         fresh = [tool for tool in allowed if tool.name not in repeated]
         return {tool.name: tool for tool in fresh or allowed}
-
-    def _check_limits(self, journal: Journal) -> None:
-        used = journal.usage.prompt_tokens + journal.usage.completion_tokens
-        if self.limits.tokens is not None and used >= self.limits.tokens:
-            raise LimitReached(f"{used} tokens used (limits.tokens is {self.limits.tokens})")
-        if self.limits.cost_usd is not None and journal.cost_usd >= self.limits.cost_usd:
-            raise LimitReached(
-                f"${journal.cost_usd:.4f} spent (limits.cost_usd is ${self.limits.cost_usd:g})"
-            )
 
 
 def choose(reply: ChatReply, offered: Mapping[Any, Tool]) -> Choice | Invalid:

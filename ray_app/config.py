@@ -10,9 +10,9 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, overload
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -33,12 +33,9 @@ CODE_PLACE = frozenset({"usd_per_s"})
 # Where a run stops for want of money, and goes on with more, is no part of what it measures.
 LIMITS_PLACE = frozenset({"run_cost_usd"})
 RETRIEVER_PLACE = frozenset({"service", "url", "timeout_s"})
-ENVIRONMENT_KEYS = {
-    "CONCURRENCY": "concurrency",
-    "MAX_ROUNDS": "limits.max_rounds",
-    "EXAMPLE_PATH": "dataset.path",
-    "RUN_NAME": "run_name",
-}
+ENVIRONMENT_KEYS = {"CONCURRENCY": "concurrency", "RUN_NAME": "run_name"}
+
+Config = TypeVar("Config", bound="BaseRun")
 
 
 class Section(BaseModel):
@@ -98,7 +95,9 @@ class ModelConfig(Section):
     price: Price | None = Field(None, description="none: unpriced, and said so; a model of your own costs 0")
     accepts_images: bool = False
     answer_format: Literal["tags", "boxed"] = "tags"
-    timeout_s: float = Field(600.0, gt=0, description="of a call with all its attempts")
+    timeout_s: float = Field(
+        600.0, gt=0, description="of a call with all its attempts, less its wait for a slot"
+    )
     first_token_s: float | None = Field(
         None, gt=0, description="an endpoint that sends nothing for this long is given up for another attempt"
     )
@@ -214,16 +213,19 @@ class Retriever(Section):
     enabled: bool = True
 
 
-class Limits(Section):
+class TaskLimits(Section):
     """Budgets of one task; reaching one is an outcome (`limited`), not an error."""
 
-    max_rounds: int = Field(50, gt=0)
     wall_s: float | None = Field(None, gt=0)
     tokens: int | None = Field(None, gt=0)
     cost_usd: float | None = Field(None, gt=0)
     run_cost_usd: float | None = Field(
         None, gt=0, description="of the whole run: what is in flight then stays pending for a higher limit"
     )
+
+
+class Limits(TaskLimits):
+    max_rounds: int = Field(50, gt=0)
 
 
 class CodeExecution(Section):
@@ -234,20 +236,15 @@ class CodeExecution(Section):
     usd_per_s: float = Field(0.0, ge=0, description="price of a second of a program's run")
 
 
-class RunConfig(Section):
-    """Everything that a run depends on. `jobs/hle.py --config FILE` reads it."""
+class BaseRun(Section):
+    """What every run depends on, whatever its benchmark."""
 
-    benchmark: Literal["hle"] = "hle"
+    environment_keys: ClassVar[Mapping[str, str]] = ENVIRONMENT_KEYS
+
+    benchmark: str
     run_name: str | None = None
-    protocol: Literal["toolorchestra", "hle-style"] = "toolorchestra"
-    dataset: Dataset = Dataset()
-    orchestrator: Orchestrator
-    tools: dict[ToolName, dict[str, Alias]]
-    judge: Judge
     models: dict[str, ModelConfig]
-    retriever: Retriever = Retriever()
-    code: CodeExecution = CodeExecution()
-    limits: Limits = Limits()
+    limits: TaskLimits = TaskLimits()
     trials: int = Field(1, gt=0)
     attempts: int = Field(3, gt=0, description="attempts per task while infrastructure fails")
     concurrency: int = Field(64, gt=0, description="tasks in flight over all workers")
@@ -260,20 +257,28 @@ class RunConfig(Section):
         None, description="model -> [{ip_addr, port}] JSON that overrides endpoints"
     )
 
+    def routes(self) -> dict[str, str]:
+        """Dotted key of each part that calls a model -> that model; `orchestrator` and `judge` among them."""
+        raise NotImplementedError
+
+    def dataset_name(self) -> str:
+        """A short name of what is run, for the run directory."""
+        raise NotImplementedError
+
+    def expected_calls(self) -> dict[str, float]:
+        """Model -> calls that a task is assumed to make, where no run is there to learn from."""
+        raise NotImplementedError
+
+    def retriever_used(self) -> Retriever | None:
+        """The retriever that the run asks or starts, if any."""
+        return None
+
     @model_validator(mode="after")
-    def _names_resolve(self) -> RunConfig:
-        wanted = {"orchestrator.model": self.orchestrator.model, "judge.model": self.judge.model}
-        for tool, aliases in self.tools.items():
-            if not aliases:
-                raise ValueError(f"tools.{tool}: expected at least one alias, or leave the tool out")
-            wanted |= {f"tools.{tool}.{name}.model": alias.model for name, alias in aliases.items()}
-        for where, model in wanted.items():
+    def _names_resolve(self) -> Self:
+        for where, model in self.routes().items():
             if model not in self.models:
-                raise ValueError(f"{where}: unknown model {model!r}; models has {', '.join(self.models)}")
-        if "answer" not in self.tools:
-            raise ValueError("tools: expected at least `answer`; without it no question can end")
-        if self.orchestrator.require_documents and not (self.retriever.enabled and "search" in self.tools):
-            raise ValueError("orchestrator.require_documents: needs search, or `answer` is never offered")
+                known = ", ".join(self.models)
+                raise ValueError(f"{where}.model: unknown model {model!r}; models has {known}")
         limited = [key for key in ("cost_usd", "run_cost_usd") if getattr(self.limits, key) is not None]
         if limited and (unpriced := self.unpriced()):
             raise ValueError(
@@ -284,8 +289,7 @@ class RunConfig(Section):
 
     def models_used(self) -> list[str]:
         """The models that calls can go to, each once."""
-        experts = [alias.model for aliases in self.tools.values() for alias in aliases.values()]
-        return sorted({self.orchestrator.model, self.judge.model, *experts})
+        return sorted(set(self.routes().values()))
 
     def unpriced(self) -> list[str]:
         """The models in use whose calls are counted as free for want of a price."""
@@ -304,13 +308,12 @@ class RunConfig(Section):
         """The part of the config that decides what is measured; the rest may differ on resume."""
         whole = self.model_dump(mode="json")
         whole["models"] = {name: _without(model, MODEL_PLACE) for name, model in whole["models"].items()}
-        whole["tools"] = {name: self._told(aliases) for name, aliases in self.tools.items()}
-        whole["retriever"] = _without(whole["retriever"], RETRIEVER_PLACE)
+        if whole.get("retriever"):
+            whole["retriever"] = _without(whole["retriever"], RETRIEVER_PLACE)
         whole["limits"] = _without(whole["limits"], LIMITS_PLACE)
-        whole["code"] = _without(whole["code"], CODE_PLACE)
         return {key: value for key, value in whole.items() if key not in OPERATIONAL_KEYS}
 
-    def _told(self, aliases: Mapping[str, Alias]) -> dict[str, Any]:
+    def told(self, aliases: Mapping[str, Alias]) -> dict[str, Any]:
         """Aliases with the price that each is told at: part of the orchestrator's prompt."""
         told = {}
         for name, alias in aliases.items():
@@ -324,18 +327,103 @@ class RunConfig(Section):
         return digest(self.measured())
 
 
+class RunConfig(BaseRun):
+    """A run of Humanity's Last Exam. `jobs/hle.py --config FILE` reads it."""
+
+    environment_keys: ClassVar[Mapping[str, str]] = ENVIRONMENT_KEYS | {
+        "MAX_ROUNDS": "limits.max_rounds",
+        "EXAMPLE_PATH": "dataset.path",
+    }
+
+    benchmark: Literal["hle"] = "hle"
+    protocol: Literal["toolorchestra", "hle-style"] = "toolorchestra"
+    dataset: Dataset = Dataset()
+    orchestrator: Orchestrator
+    tools: dict[ToolName, dict[str, Alias]]
+    judge: Judge
+    retriever: Retriever = Retriever()
+    code: CodeExecution = CodeExecution()
+    limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _can_answer(self) -> Self:
+        for tool, aliases in self.tools.items():
+            if not aliases:
+                raise ValueError(f"tools.{tool}: expected at least one alias, or leave the tool out")
+        if "answer" not in self.tools:
+            raise ValueError("tools: expected at least `answer`; without it no question can end")
+        if self.orchestrator.require_documents and not (self.retriever.enabled and "search" in self.tools):
+            raise ValueError("orchestrator.require_documents: needs search, or `answer` is never offered")
+        return self
+
+    def routes(self) -> dict[str, str]:
+        experts = {
+            f"tools.{tool}.{name}": alias.model
+            for tool, aliases in self.tools.items()
+            for name, alias in aliases.items()
+        }
+        return {"orchestrator": self.orchestrator.model, **experts, "judge": self.judge.model}
+
+    def dataset_name(self) -> str:
+        return Path(self.dataset.path).stem
+
+    def expected_calls(self) -> dict[str, float]:
+        """Three turns, each of them an orchestrator and an expert call, then the judge."""
+        experts = [alias.model for aliases in self.tools.values() for alias in aliases.values()]
+        parts = [(self.orchestrator.model, 3.0), (self.judge.model, 1.0)]
+        return summed([*parts, *((model, 3.0 / len(experts)) for model in experts)])
+
+    def retriever_used(self) -> Retriever | None:
+        return self.retriever if self.retriever.enabled and "search" in self.tools else None
+
+    def measured(self) -> dict[str, Any]:
+        tools = {name: self.told(aliases) for name, aliases in self.tools.items()}
+        code = _without(self.code.model_dump(mode="json"), CODE_PLACE)
+        return {**super().measured(), "tools": tools, "code": code}
+
+
+def summed(parts: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The sum of each name's parts."""
+    totals: dict[str, float] = {}
+    for name, part in parts:
+        totals[name] = totals.get(name, 0.0) + part
+    return totals
+
+
 def _without(section: dict[str, Any], keys: frozenset[str]) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key not in keys}
 
 
-def load(path: Path, overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> RunConfig:
-    """Read `path`, apply the environment and `key=value` overrides, check everything.
+@overload
+def load(
+    path: Path, overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None
+) -> RunConfig: ...
+
+
+@overload
+def load(
+    path: Path,
+    overrides: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+    *,
+    kind: type[Config],
+) -> Config: ...
+
+
+def load(
+    path: Path,
+    overrides: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+    *,
+    kind: type[BaseRun] = RunConfig,
+) -> BaseRun:
+    """Read `path` as `kind`, apply the environment and `key=value` overrides, check everything.
 
     Raises ConfigError with one line that names the key, the value and what was expected.
     """
     environ = os.environ if environ is None else environ
     values = _read_yaml(path)
-    for variable, key in ENVIRONMENT_KEYS.items():
+    for variable, key in kind.environment_keys.items():
         if environ.get(variable):
             _assign(values, key, environ[variable], source=variable)
     for override in overrides:
@@ -346,7 +434,7 @@ def load(path: Path, overrides: Sequence[str] = (), environ: Mapping[str, str] |
             )
         _assign(values, key.strip(), text, source=f"--set {key.strip()}")
     try:
-        config = RunConfig.model_validate(values)
+        config = kind.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{path}: {explain(error)}") from None
     return _with_endpoints_file(config) if config.endpoints_file else config
@@ -369,8 +457,12 @@ def explain(error: ValidationError) -> str:
 
 
 def _all_keys() -> list[str]:
-    sections = Section.__subclasses__()
-    return sorted({key for section in sections for key in section.model_fields})
+    sections, found = [Section], set[str]()
+    while sections:
+        section = sections.pop()
+        found |= section.model_fields.keys()
+        sections += section.__subclasses__()
+    return sorted(found)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -400,7 +492,7 @@ def _assign(values: dict[str, Any], key: str, text: str, *, source: str) -> None
         raise ConfigError(f"{source}: {text!r} is not a YAML value") from None
 
 
-def _with_endpoints_file(config: RunConfig) -> RunConfig:
+def _with_endpoints_file(config: BaseRun) -> BaseRun:
     """Replace endpoints by those of a `{model: [{"ip_addr", "port"}]}` file; empty lists are ignored."""
     path = Path(config.endpoints_file or "")
     try:
@@ -417,10 +509,12 @@ def _with_endpoints_file(config: RunConfig) -> RunConfig:
         if addresses[name]:
             endpoints = tuple(Endpoint(base_url=f"{address}/v1") for address in addresses[name])
             models[name] = models[name].model_copy(update={"endpoints": endpoints})
-    retriever = config.retriever
-    if addresses.get("retrieval"):
-        retriever = retriever.model_copy(update={"service": None, "url": addresses["retrieval"][0]})
-    return config.model_copy(update={"models": models, "retriever": retriever})
+    changes: dict[str, Any] = {"models": models}
+    retriever = config.retriever_used()
+    if addresses.get("retrieval") and retriever is not None:
+        url = addresses["retrieval"][0]
+        changes["retriever"] = retriever.model_copy(update={"service": None, "url": url})
+    return config.model_copy(update=changes)
 
 
 def _addresses(items: list[dict[str, Any]]) -> list[str]:

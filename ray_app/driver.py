@@ -37,8 +37,9 @@ from ray_app import (
     services,
 )
 from ray_app.adopt import Adoption
+from ray_app.chat import Router
 from ray_app.compaction import Compactor
-from ray_app.config import RunConfig
+from ray_app.config import BaseRun
 from ray_app.dataset import TaskSet
 from ray_app.engine_metrics import EngineMetrics
 from ray_app.errors import ConfigError, EvalError, StorageError, UserError
@@ -50,7 +51,6 @@ from ray_app.prompting import Prompts
 from ray_app.recording import Recording
 from ray_app.records import Event, EventKind, Task
 from ray_app.run_metrics import RunMetrics
-from ray_app.sandbox import NAMESPACES
 from ray_app.services import ServeConfig
 from ray_app.worker import SolverFactory
 
@@ -62,19 +62,18 @@ MIN_FAILURES_IN_A_ROW = 20
 
 @dataclass(frozen=True)
 class Job:
-    """One benchmark run, read and checked; nothing is started yet.
+    """One benchmark run, read and checked; nothing is started yet. Each benchmark has its own kind.
 
     `identity` is what else than the config must be equal on a resume. A job that `replays` another run
     asks nothing outside: no service is deployed, no key is read.
     """
 
-    config: RunConfig
+    config: BaseRun
     data: TaskSet
     prompts: Prompts
     identity: Mapping[str, str]
     run_dir: Path
     serve_config: ServeConfig
-    isolation: tuple[str, ...]
     replays: Recording | None = None
 
     @property
@@ -96,38 +95,33 @@ class Job:
 
     def facts(self) -> dict[str, Any]:
         """What every score of this run is printed with."""
-        config = self.config
+        routes = self.config.routes()
         return {
-            "planned": len(self.tasks) * config.trials,
-            "benchmark": config.benchmark,
+            "planned": len(self.tasks) * self.config.trials,
+            "benchmark": self.config.benchmark,
             "protocol": self.protocol_label(),
-            "orchestrator": config.orchestrator.model,
-            "judge_model": config.judge.model,
+            "orchestrator": routes["orchestrator"],
+            "judge_model": routes["judge"],
             "prompt_digest": self.prompts.digest + ("" if self.prompts.is_bundled else " (user's prompts)"),
             "dataset": self.data.source,
-            "scope_policy": config.dataset.policy,
             "left_out": dict(self.data.left_out),
-            "trials": config.trials,
-            "sandbox": self._sandbox_fact(),
-            "unpriced": ", ".join(config.unpriced()),
+            "trials": self.config.trials,
+            **self.own_facts(),
+            "unpriced": ", ".join(self.config.unpriced()),
             "commit": rundir.commit(),
         }
 
-    def protocol_label(self) -> str:
-        """The protocol as a score may name it: `hle` only with the official judge prompt."""
-        if self.config.protocol != "hle-style":
-            return self.config.protocol
-        official = self.config.judge.official_prompt_digest
-        if official is not None and self.prompts.digest_of("judge_hle") == official:
-            return "hle"
-        return "hle-style (own prompt, not leaderboard-comparable)"
+    def own_facts(self) -> dict[str, Any]:
+        """What else a score of this benchmark is printed with."""
+        return {}
 
-    def _sandbox_fact(self) -> str:
-        if not self.config.code.enabled:
-            return "code execution off"
-        missing = [layer for layer in NAMESPACES if layer not in self.isolation]
-        held = " ".join(self.isolation)
-        return f"{held}; NOT ISOLATED: {' '.join(missing)}" if missing else held
+    def protocol_label(self) -> str:
+        """The protocol as a score may name it."""
+        raise NotImplementedError
+
+    def plan_line(self) -> str:
+        """One line about the tasks, for `--plan`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -140,7 +134,7 @@ class Command:
 
     console: Console
     solver_for: Callable[[Mapping[str, str]], SolverFactory]
-    check: Callable[[Job, Mapping[str, str]], Coroutine[None, None, dict[str, str]]]
+    check: Callable[[Mapping[str, str]], Coroutine[None, None, dict[str, str]]]
     is_fresh: bool = False
     retry_failed: bool = False
     json_path: Path | None = None
@@ -172,6 +166,16 @@ class Stopped(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.exit_code = 128 + number
+
+
+async def check_routes(config: BaseRun, router: Router) -> None:
+    """Ask every route once. Raises ConfigError for one that does not answer; closes the router."""
+    try:
+        for name in config.models_used():
+            if problem := await router.probe(name):
+                raise ConfigError(f"model {name}: {problem}; start it, or mend models.{name}")
+    finally:
+        await router.close()
 
 
 def make_plan(job: Job, *, retry_failed: bool) -> planning.Plan:
@@ -215,9 +219,9 @@ def carry_out(job: Job, command: Command) -> int:
 
 def adopt(job: Job, adoption: Adoption) -> str:
     """Commit the adopted results that the run does not have yet; says how many."""
-    if job.config.protocol != "toolorchestra":
+    if job.protocol_label() != "toolorchestra":
         raise ConfigError(
-            f"--adopt: such results were judged by toolorchestra, this run is {job.config.protocol}"
+            f"--adopt: such results were judged by toolorchestra, this run is {job.protocol_label()}"
         )
     with _owned(job) as held:
         left = {item.key for item in make_plan(job, retry_failed=False).items}
@@ -329,7 +333,7 @@ def _serve(job: Job, command: Command) -> dict[str, str]:
     urls = job.serve_config.urls(head)
     if needed:
         asyncio.run(services.wait_for_proxy(job.serve_config.proxy(head)))
-    rundir.confirm(job.run_dir, asyncio.run(command.check(job, urls)))
+    rundir.confirm(job.run_dir, asyncio.run(command.check(urls)))
     object_store.push(job.run_dir, IDENTITY_FILES)
     return urls
 
@@ -503,7 +507,7 @@ def _figures(job: Job, ending: Ending, run: Any) -> dict[str, Any]:
         "accuracy": account.accuracy,
         "interval": [interval.low, interval.high] if interval else None,
         "protocol": job.protocol_label(),
-        "judge_model": job.config.judge.model,
+        "judge_model": job.config.routes()["judge"],
         "prompt_digest": job.prompts.digest,
         "model_calls": calls.get(ending.epoch, 0),
         "model_calls_total": sum(calls.values()),

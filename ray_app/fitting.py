@@ -55,6 +55,9 @@ class Fit:
 def size(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], tokens: TokenCounter) -> int:
     """Tokens of a prompt, chat template included."""
     text = sum(tokens.count(message.content) + MESSAGE_TOKENS for message in messages)
+    text += sum(
+        tokens.count(call.name + call.arguments) for message in messages for call in message.tool_calls
+    )
     images = IMAGE_TOKENS * sum(len(message.images) for message in messages)
     schemas = TOOLS_TOKENS + tokens.count(json.dumps(list(tools))) if tools else 0
     return text + images + schemas

@@ -11,19 +11,20 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ray_app import judge, object_store, rundir, services
 from ray_app.agent import Agent
+from ray_app.budgets import in_time
 from ray_app.chat import ChatClient, ChatRequest, Router
 from ray_app.config import Dataset, RunConfig
 from ray_app.dataset import TaskSet, load_tasks
-from ray_app.driver import Job
+from ray_app.driver import Job, check_routes
 from ray_app.errors import (
     ConfigError,
     DatasetError,
     EvalError,
     InfrastructureError,
-    LimitReached,
     RunDirError,
 )
 from ray_app.journal import Journal
@@ -41,7 +42,42 @@ from ray_app.tools.search import DocumentSource, Search
 from ray_app.worker import Solved
 
 
-def read_job(config: RunConfig, run_dir: Path | None) -> Job:
+@dataclass(frozen=True)
+class HleJob(Job):
+    """`isolation`: the sandbox layers that every worker must have; empty where no code runs."""
+
+    config: RunConfig
+    isolation: tuple[str, ...] = ()
+
+    def own_facts(self) -> dict[str, Any]:
+        return {"scope_policy": self.config.dataset.policy, "sandbox": self._sandbox_fact()}
+
+    def protocol_label(self) -> str:
+        """The protocol as a score may name it: `hle` only with the official judge prompt."""
+        if self.config.protocol != "hle-style":
+            return self.config.protocol
+        official = self.config.judge.official_prompt_digest
+        if official is not None and self.prompts.digest_of("judge_hle") == official:
+            return "hle"
+        return "hle-style (own prompt, not leaderboard-comparable)"
+
+    def plan_line(self) -> str:
+        sizes = sorted(len(task.scope) for task in self.tasks if task.scope is not None)
+        median = sizes[len(sizes) // 2] if sizes else 0
+        spread = f"; {sizes[0]} to {sizes[-1]} documents each, median {median}" if sizes else ""
+        left_out = "".join(f"; {count} left out: {reason}" for reason, count in self.data.left_out.items())
+        policy = self.config.dataset.policy
+        return f"Scopes: {len(sizes)} of {len(self.tasks)} questions scoped ({policy}){spread}{left_out}"
+
+    def _sandbox_fact(self) -> str:
+        if not self.config.code.enabled:
+            return "code execution off"
+        missing = [layer for layer in NAMESPACES if layer not in self.isolation]
+        held = " ".join(self.isolation)
+        return f"{held}; NOT ISOLATED: {' '.join(missing)}" if missing else held
+
+
+def read_job(config: RunConfig, run_dir: Path | None) -> HleJob:
     """Everything that can be checked before anything starts. Raises UserError with one line."""
     serve_config = services.read_serve_config(config.services)
     services.check(serve_config, services.needed(config))
@@ -51,10 +87,11 @@ def read_job(config: RunConfig, run_dir: Path | None) -> Job:
     identity = {"prompt_digest": prompts.digest, "tasks_digest": data.digest}
     asked = None if run_dir is None else object_store.local(run_dir)
     path = rundir.locate(config, identity, asked)
-    return Job(config, data, prompts, identity, path, serve_config, _isolation(config))
+    isolation = _isolation(config)
+    return HleJob(config, data, prompts, identity, path, serve_config, isolation=isolation)
 
 
-def read_replay(recording: Recording, config: RunConfig, run_dir: Path | None) -> Job:
+def read_replay(recording: Recording, config: RunConfig, run_dir: Path | None) -> HleJob:
     """The replay of a recorded run under `config`, which may differ. Raises UserError with one line."""
     data, prompts = read_tasks(config.dataset), load_prompts(config.prompts)
     identity = {"prompt_digest": prompts.digest, "tasks_digest": data.digest}
@@ -70,7 +107,7 @@ def read_replay(recording: Recording, config: RunConfig, run_dir: Path | None) -
             f"dataset {config.dataset.path}: none of its {len(data.tasks)} questions is in the recorded run "
             "as it was asked; restore the file, or set dataset.path"
         )
-    return Job(config, data, prompts, identity, path, services.ServeConfig(), (), recording)
+    return HleJob(config, data, prompts, identity, path, services.ServeConfig(), recording)
 
 
 def _isolation(config: RunConfig) -> tuple[str, ...]:
@@ -106,7 +143,7 @@ def read_tasks(dataset: Dataset) -> TaskSet:
     return load_tasks(dataset, Path(dataset.scopes) if dataset.scopes else None)
 
 
-async def check_services(job: Job, service_urls: Mapping[str, str]) -> dict[str, str]:
+async def check_services(job: HleJob, service_urls: Mapping[str, str]) -> dict[str, str]:
     """Ask every route and the retriever once, before anything is paid. Raises ConfigError.
 
     Returns what of the retriever must be equal on a resume. A retriever behind a URL says nothing of its
@@ -114,7 +151,7 @@ async def check_services(job: Job, service_urls: Mapping[str, str]) -> dict[str,
     """
     from ray_app.retrieval.client import HandleRetriever  # imports ray; not needed to test a solver
 
-    await _check_routes(job.config, Router(job.config.models, service_urls))
+    await check_routes(job.config, Router(job.config.models, service_urls))
     settings = job.config.retriever
     if settings.url is not None:
         if problem := await services.probe(f"{settings.url}/health"):
@@ -134,16 +171,6 @@ async def check_services(job: Job, service_urls: Mapping[str, str]) -> dict[str,
     return {"retriever_index": info["index"], "retriever_policy": info["policy"]}
 
 
-async def _check_routes(config: RunConfig, router: Router) -> None:
-    """The free half of the probe: models listed, context long enough. `--plan` asks for tokens as well."""
-    try:
-        for name in config.models_used():
-            if problem := await router.probe(name):
-                raise ConfigError(f"model {name}: {problem}; start it, or mend models.{name}")
-    finally:
-        await router.close()
-
-
 @dataclass(frozen=True)
 class HleSolver:
     """Solves and judges questions; holds clients, no task state."""
@@ -155,7 +182,7 @@ class HleSolver:
     client: ChatClient
 
     async def solve(self, task: Task, journal: Journal) -> Solved:
-        answer = await self._rollout(task, journal)
+        answer = await in_time(self.agent.run(task, journal), self.config.limits, "answer")
         verdict = judge.without_judge(task, answer.prediction, answer.response, self.config.protocol)
         if verdict is None:
             try:
@@ -172,17 +199,6 @@ class HleSolver:
             model=verdict.judge_model,
         )
         return Solved(answer.prediction, verdict)
-
-    async def _rollout(self, task: Task, journal: Journal) -> Answer:
-        limit_s = self.config.limits.wall_s
-        deadline = asyncio.timeout(limit_s)
-        try:
-            async with deadline:
-                return await self.agent.run(task, journal)
-        except TimeoutError:
-            if not deadline.expired():
-                raise  # of something inside, and no limit of the task
-            raise LimitReached(f"no answer within {limit_s:g} s (limits.wall_s)") from None
 
     async def _ask_judge(self, task: Task, answer: Answer, journal: Journal) -> Verdict:
         """The judge's verdict. Raises JudgeError when its reply cannot be read: the verdict is owed."""

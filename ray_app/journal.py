@@ -194,12 +194,14 @@ class Journal:
         role: Role = "",
         check: Callable[[T], object] | None = None,
         columns: Mapping[str, Any] | None = None,
+        is_awaited: bool = True,
     ) -> T:
         """The recorded output of this call, or `perform()`'s, recorded before it is returned.
 
         `request` is plain JSON data that decides the output; `columns`, read when the call has ended, are
         further ones of its event. An output that `check` refuses (by raising) is kept as evidence, counted,
-        and never served again. Errors become events and rise.
+        and never served again. Errors become events and rise. `is_awaited=False`: the record need not
+        outlive this process before the task goes on, since the output costs nothing and can be made again.
         """
         if self.guard is not None:
             self.guard(self)
@@ -237,7 +239,7 @@ class Journal:
             raise
         self._write(codec, row, output)
         self.made += 1
-        if self.keeper is not None:
+        if self.keeper is not None and is_awaited:
             await self.keeper.committed()
             self._check_open()  # refused: the next attempt has not seen this output
         return output

@@ -15,9 +15,8 @@ from typing import Any
 
 from ray_app import events, extract, judge, services
 from ray_app.config import RunConfig, load
-from ray_app.driver import Job
 from ray_app.errors import ConfigError, DatasetError, RunDirError, StorageError
-from ray_app.hle import read_tasks
+from ray_app.hle import HleJob, read_tasks
 from ray_app.prompting import load_prompts
 from ray_app.records import Task, Verdict, digest
 from ray_app.tools.base import Answer
@@ -35,7 +34,7 @@ Key = tuple[str, int]
 class JudgePass:
     """Another judge for a run, read and checked. `job` is the run's with that judge in its config."""
 
-    job: Job
+    job: HleJob
     label: str
     own: RunConfig
 
@@ -105,7 +104,7 @@ def read_pass(
     serve_config = services.read_serve_config(config.services if is_served else None)
     data = read_tasks(config.dataset)
     identity = {"prompt_digest": texts.digest, "tasks_digest": data.digest}
-    job = Job(config, data, texts, identity, run_dir.resolve(), serve_config, ())
+    job = HleJob(config, data, texts, identity, run_dir.resolve(), serve_config)
     return JudgePass(job, label or _label(job, own), own)
 
 
@@ -150,7 +149,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
             raise ConfigError(f"--set {key}: a judge-only pass may set {', '.join(CHANGEABLE)}; {remedy}")
 
 
-def _label(job: Job, own: RunConfig) -> str:
+def _label(job: HleJob, own: RunConfig) -> str:
     config = job.config
     parts = [config.judge.model, config.protocol, job.prompts.digest_of(TEMPLATES[config.protocol])]
     if config.judge.sampling != own.judge.sampling:

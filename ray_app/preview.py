@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,12 @@ from rich.table import Table
 
 from ray_app import events, object_store, planning, services
 from ray_app.chat import Router, cost
-from ray_app.config import RunConfig
+from ray_app.config import BaseRun
 from ray_app.driver import Job
 from ray_app.probe import Probe
 from ray_app.records import Usage
 
-# Without a run to learn from: three turns, each an orchestrator and an expert call, then the judge.
-ASSUMED_TURNS = 3
+# Of a call, without a run to learn from.
 ASSUMED_USAGE = Usage(prompt_tokens=8000, completion_tokens=1000)
 
 
@@ -74,7 +73,7 @@ def show(job: Job, work: planning.Plan, console: Console) -> bool:
         soft_wrap=True,
         highlight=False,
     )
-    console.print(_scope_line(job), soft_wrap=True, highlight=False)
+    console.print(job.plan_line(), soft_wrap=True, highlight=False)
     probed = asyncio.run(_routes(job))
     console.print(_route_table(probed.rows))
     estimate = expected(job, len(work.items))
@@ -93,7 +92,7 @@ def show(job: Job, work: planning.Plan, console: Console) -> bool:
     return not problems
 
 
-def caveats(config: RunConfig) -> list[str]:
+def caveats(config: BaseRun) -> list[str]:
     """What the plan's figures leave out, a line each."""
     lines = []
     if unpriced := config.unpriced():
@@ -114,15 +113,6 @@ def _outcomes(run_dir: Path) -> Mapping[str, int]:
     return Counter(events.results(run_dir)["outcome"].to_pylist())
 
 
-def _scope_line(job: Job) -> str:
-    scoped = sum(task.scope is not None for task in job.tasks)
-    sizes = sorted(len(task.scope) for task in job.tasks if task.scope is not None)
-    spread = f"; {sizes[0]} to {sizes[-1]} documents each, median {sizes[len(sizes) // 2]}" if sizes else ""
-    left_out = "".join(f"; {count} left out: {reason}" for reason, count in job.data.left_out.items())
-    policy = job.config.dataset.policy
-    return f"Scopes: {scoped} of {len(job.tasks)} questions scoped ({policy}){spread}{left_out}"
-
-
 def expected(job: Job, tasks: int) -> Estimate:
     """From the run's own finished tasks where there are any, else from the assumed call sizes."""
     if (job.run_dir / "log").exists():
@@ -130,21 +120,13 @@ def expected(job: Job, tasks: int) -> Estimate:
         if finished:
             share = tasks / finished
             return Estimate(calls * share, spent * share, f"from {finished} finished tasks of this run")
-    call = ASSUMED_USAGE
-    per_task = ASSUMED_TURNS * _mean_cost(job.config, call) + cost(
-        call, job.config.models[job.config.judge.model]
-    )
+    assumed = job.config.expected_calls()
+    per_task = sum(n * cost(ASSUMED_USAGE, job.config.models[model]) for model, n in assumed.items())
     basis = (
-        f"assuming {ASSUMED_TURNS} turns and a judge a task, {call.prompt_tokens:,} tokens in and "
-        f"{call.completion_tokens:,} out a call"
+        f"assuming {sum(assumed.values()):g} calls a task, {ASSUMED_USAGE.prompt_tokens:,} tokens in and "
+        f"{ASSUMED_USAGE.completion_tokens:,} out each"
     )
-    return Estimate(tasks * (2 * ASSUMED_TURNS + 1), tasks * per_task, basis)
-
-
-def _mean_cost(config: RunConfig, call: Usage) -> float:
-    """US dollars of one turn: the orchestrator and an expert of average price."""
-    experts = [cost(call, config.models[a.model]) for tool in config.tools.values() for a in tool.values()]
-    return cost(call, config.models[config.orchestrator.model]) + sum(experts) / len(experts)
+    return Estimate(tasks * sum(assumed.values()), tasks * per_task, basis)
 
 
 def _so_far(run_dir: Path) -> tuple[int, int, float]:
@@ -172,8 +154,11 @@ async def _routes(job: Job) -> Probed:
         if waiting:
             found[name] = [Probe("", f"(service {waiting[0]} will be started)")]
         else:
-            found[name] = await router.examine(name, with_tools=name == config.orchestrator.model)
-    rows = [_row(name, model, router.routes()[model], found[model]) for name, model in _names(config)]
+            found[name] = await router.examine(name, with_tools=name == config.routes()["orchestrator"])
+    rows = [
+        _row(_spoken(name), model, router.routes()[model], found[model])
+        for name, model in config.routes().items()
+    ]
     await router.close()
     used = [(probe.usage, config.models[name]) for name, probes in found.items() for probe in probes]
     usage = Usage(sum(one.prompt_tokens for one, _ in used), sum(one.completion_tokens for one, _ in used))
@@ -189,8 +174,8 @@ def _row(name: str, model: str, urls: Sequence[str], probes: Sequence[Probe]) ->
 
 
 async def _retriever_row(job: Job, down: Mapping[str, Any]) -> list[RouteRow]:
-    settings = job.config.retriever
-    if not settings.enabled or "search" not in job.config.tools:
+    settings = job.config.retriever_used()
+    if settings is None:
         return []
     if settings.url is not None:
         problem = await services.probe(f"{settings.url}/health")
@@ -200,12 +185,8 @@ async def _retriever_row(job: Job, down: Mapping[str, Any]) -> list[RouteRow]:
     return [RouteRow("retriever", "", job.serve_config.root(name) or "", problem)]
 
 
-def _names(config: RunConfig) -> Iterator[tuple[str, str]]:
-    yield "orchestrator", config.orchestrator.model
-    for tool, aliases in config.tools.items():
-        for name, alias in aliases.items():
-            yield f"{tool} {name}", alias.model
-    yield "judge", config.judge.model
+def _spoken(key: str) -> str:
+    return key.removeprefix("tools.").replace(".", " ")
 
 
 def _route_table(rows: list[RouteRow]) -> Table:

@@ -34,9 +34,9 @@ class Prompts:
         return Template(self.texts[name]).substitute(values)
 
 
-def load_prompts(folder: str | None = None) -> Prompts:
+def load_prompts(folder: str | None = None, bundled: Path = BUNDLED) -> Prompts:
     """Our templates, or the user's: a folder replaces the templates that it holds, by file name."""
-    texts = {path.stem: path.read_text() for path in sorted(BUNDLED.glob("*.txt"))}
+    texts = {path.stem: path.read_text() for path in sorted(bundled.glob("*.txt"))}
     if folder is None:
         return Prompts(texts, is_bundled=True)
     theirs = {path.stem: path.read_text() for path in sorted(Path(folder).glob("*.txt"))}

@@ -16,7 +16,8 @@ from ray_app.errors import StorageError
 from ray_app.journal import Note, Record, RecordedCall, named_texts
 from ray_app.planning import Key
 
-CALL_KINDS = ("model_call", "retrieval", "code")
+# `tool_call`: of an environment; as a note, without a place among the calls, it is none.
+CALL_KINDS = ("model_call", "retrieval", "code", "tool_call")
 RETRY_S = 0.5
 NOTE_KINDS = ("turn", "tool_call", "verdict")
 _COLUMNS = (
@@ -94,7 +95,7 @@ def records(run_dir: Path, keys: Collection[Key]) -> dict[Key, Record]:
         for row in batch.to_pylist()
         if (row["rollout_key"], row["trial"]) in wanted and not is_second_opinion(row)
     ]
-    calls = [row for row in rows if row["kind"] in CALL_KINDS and row["status"] == "ok"]
+    calls = [row for row in rows if is_call(row) and row["status"] == "ok"]
     # Where two attempts made the same call, what follows it in the log followed the later one's output.
     calls.sort(key=lambda row: (row["call_seq"], row["epoch"], row["attempt"]))
     found: dict[Key, list[RecordedCall]] = {}
@@ -109,10 +110,15 @@ def records(run_dir: Path, keys: Collection[Key]) -> dict[Key, Record]:
             notes.setdefault((row["rollout_key"], row["trial"]), set()).add(note)
     paid: dict[Key, float] = {}
     for row in rows:
-        if row["kind"] in CALL_KINDS:
+        if is_call(row):
             key = row["rollout_key"], row["trial"]
             paid[key] = paid.get(key, 0.0) + (row["cost_usd"] or 0.0)
     return {key: Record(tuple(found.get(key, ())), frozenset(notes.get(key, ())), paid[key]) for key in paid}
+
+
+def is_call(row: Mapping[str, Any]) -> bool:
+    """Whether the row is of a call, and not a note about several."""
+    return row["kind"] in CALL_KINDS and row["call_seq"] >= 0
 
 
 def is_second_opinion(row: Mapping[str, Any]) -> bool:

@@ -17,11 +17,11 @@ from typing import Any
 import yaml
 
 from ray_app import events
-from ray_app.config import RunConfig, differing_keys
+from ray_app.config import BaseRun, differing_keys
 from ray_app.errors import RunDirError
 from ray_app.journal import End, Record, RecordedCall, RecordedError, call_label
 from ray_app.planning import Key
-from ray_app.recorded import CALL_KINDS, is_second_opinion, with_bodies
+from ray_app.recorded import CALL_KINDS, is_call, is_second_opinion, with_bodies
 from ray_app.records import digest
 from ray_app.rundir import LATE_KEYS, code_digest
 
@@ -80,7 +80,7 @@ class Recording:
             )
         return {key: Record(tuple(each), end=_end(known[key])) for key, each in recorded.items()}
 
-    def differences(self, config: RunConfig, facts: Mapping[str, str]) -> list[str]:
+    def differences(self, config: BaseRun, facts: Mapping[str, str]) -> list[str]:
         """The keys of what is measured otherwise now than in the recorded run; `code` where that changed."""
         there = yaml.safe_load((self.run_dir / "identity.yaml").read_text())
         there = {key: value for key, value in there.items() if key not in LATE_KEYS}
@@ -111,7 +111,7 @@ def calls(run_dir: Path, keys: Collection[Key]) -> dict[Key, list[Row]]:
     for batch in events.read(run_dir, COLUMNS, where=where):
         for row in batch.to_pylist():
             key = (row["rollout_key"], row["trial"])
-            if key in found and not is_second_opinion(row):
+            if key in found and is_call(row) and not is_second_opinion(row):
                 found[key].append(row)
     return found
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ray_app.errors import ErrorKind
 
-AnswerType = Literal["exactMatch", "multipleChoice"]
+AnswerType = Literal["exactMatch", "multipleChoice", "reward"]
 Outcome = Literal["ok", "failed", "limited", "owed"]
 EventKind = Literal[
     "run_start",
@@ -25,12 +25,13 @@ EventKind = Literal[
     "tool_call",
     "retrieval",
     "code",
+    "simulation",
     "verdict",
     "result",
     "run_end",
     "limit",
 ]
-Role = Literal["", "orchestrator", "expert", "judge"]
+Role = Literal["", "orchestrator", "expert", "user", "judge"]
 Status = Literal["ok", "error", "invalid"]
 
 
@@ -76,11 +77,16 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One chat message. `images` are data or http URLs, sent as image parts after the text."""
+    """One chat message. `images` are data or http URLs, sent as image parts after the text.
+
+    `tool_calls` are an assistant's, `tool_call_id` says which of them a tool's message answers.
+    """
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str
     images: tuple[str, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +167,7 @@ class Verdict:
     """
 
     is_correct: bool
-    method: Literal["exact", "judge", "empty"]
+    method: Literal["exact", "judge", "empty", "reward"]
     extracted: str = ""
     reasoning: str = ""
     confidence: float | None = None

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from ray_app.config import RunConfig, differing_keys
+from ray_app.config import BaseRun, differing_keys
 from ray_app.errors import RunDirError
 from ray_app.records import digest
 
@@ -44,14 +44,14 @@ def home(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def locate(
-    config: RunConfig,
+    config: BaseRun,
     identity: Mapping[str, str],
     asked: Path | None,
     environ: Mapping[str, str] = os.environ,
 ) -> Path:
     """The absolute run directory; the same config over the same questions and prompts finds it again."""
     key = digest([config.digest, dict(identity)])[:8]
-    name = config.run_name or f"{config.benchmark}-{Path(config.dataset.path).stem}-{key}"
+    name = config.run_name or f"{config.benchmark}-{config.dataset_name()}-{key}"
     if Path(name).name != name or name in {".", ".."}:
         raise RunDirError(f"run_name {name!r}: expected a plain folder name")
     path = (asked or home(environ) / "runs" / name).expanduser().resolve()
@@ -63,7 +63,7 @@ def locate(
     return path
 
 
-def open_run(path: Path, config: RunConfig, facts: Mapping[str, Any]) -> None:
+def open_run(path: Path, config: BaseRun, facts: Mapping[str, Any]) -> None:
     """Create the run directory, or check that it is this run's. Raises RunDirError.
 
     `facts` are what else must be equal on a resume: the digests of prompts and questions.
@@ -94,7 +94,7 @@ def confirm(path: Path, late: Mapping[str, str]) -> None:
     _write(saved, yaml.safe_dump(identity | dict(late), sort_keys=False))
 
 
-def check_resumable(path: Path, config: RunConfig, facts: Mapping[str, Any]) -> bool:
+def check_resumable(path: Path, config: BaseRun, facts: Mapping[str, Any]) -> bool:
     """Whether `path` holds this run already. Raises RunDirError when it holds another one."""
     saved = path / "identity.yaml"
     if not saved.exists():
@@ -148,10 +148,9 @@ def provenance() -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def code_digest() -> str:
-    """SHA-256 over the package's sources, prompts and sample questions: the code that really runs."""
-    files = [
-        path for path in sorted((PACKAGE / "ray_app").rglob("*")) if path.suffix in {".py", ".txt", ".jsonl"}
-    ]
+    """SHA-256 over the package's sources, prompts and bundled data: the code that really runs."""
+    kinds = {".py", ".txt", ".jsonl", ".json", ".md"}
+    files = [path for path in sorted((PACKAGE / "ray_app").rglob("*")) if path.suffix in kinds]
     hashes = {str(path.relative_to(PACKAGE)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     return digest(hashes)
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-Role = Literal["orchestrator", "judge", "reader", "query", "coder", "chat"]
+Role = Literal["agent", "user", "orchestrator", "judge", "reader", "query", "coder", "chat"]
 
 LABEL = re.compile(r"^(?:Problem|Question): ", re.MULTILINE)
 DOCUMENT = re.compile(r"^Doc \d+: ", re.MULTILINE)
@@ -52,10 +52,12 @@ class Shown(NamedTuple):
 
 
 def role_of(request: Mapping[str, Any]) -> Role:
-    """Whose work the request asks for, read from its tools and from its last paragraph."""
+    """Whose work the request asks for, read from its tools, its system text and its last paragraph."""
+    user, system = text_of(request, "user"), text_of(request, "system")
+    if "<scenario>" in system or "<policy>" in system:
+        return "user" if "<scenario>" in system else "agent"
     if request.get("tools"):
         return "orchestrator"
-    user, system = text_of(request, "user"), text_of(request, "system")
     asked = user.rpartition("\n\n")[2]
     if "<correct>" in asked or '"correct"' in asked:
         return "judge"

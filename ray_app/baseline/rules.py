@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray_app.baseline import coder, judge, orchestrate, query, reader
+from ray_app.baseline import coder, desk, judge, orchestrate, query, reader
 from ray_app.baseline.language import count_tokens
 from ray_app.baseline.prompt import Role, read, role_of, text_of
 from ray_app.records import ToolCall, Usage
@@ -35,8 +35,12 @@ class BaselineReply:
 def reply(request: Mapping[str, Any]) -> BaselineReply:
     """The reply to the body of a chat-completions request (`messages`, `tools`)."""
     role = role_of(request)
-    call = _call(request) if role == "orchestrator" else None
-    content = "" if call else _content(role, request)
+    if role in {"agent", "user"}:
+        move = desk.agent(request) if role == "agent" else desk.user(request)
+        call, content = _move_call(move, request), move.text
+    else:
+        call = _call(request) if role == "orchestrator" else None
+        content = "" if call else _content(role, request)
     written = count_tokens(content) + (count_tokens(call.name + call.arguments) if call else 0)
     return BaselineReply(content, (call,) if call else (), Usage(_prompt_tokens(request), written))
 
@@ -46,6 +50,13 @@ def _call(request: Mapping[str, Any]) -> ToolCall | None:
     if chosen is None:
         return None
     return ToolCall(f"call_{chosen.tool}", chosen.tool, json.dumps({"model": chosen.alias}))
+
+
+def _move_call(move: desk.Move, request: Mapping[str, Any]) -> ToolCall | None:
+    if not move.tool:
+        return None
+    # Unique in the dialogue, and the same for the same one.
+    return ToolCall(f"call_{len(request['messages'])}", move.tool, json.dumps(dict(move.arguments)))
 
 
 def _content(role: Role, request: Mapping[str, Any]) -> str:

@@ -199,10 +199,18 @@ def what_is_asked(request: ChatRequest) -> dict[str, Any]:
     of one run (a session, an address, a time) may be in it."""
     return {
         "model": request.model,
-        "messages": [[message.role, message.content, list(message.images)] for message in request.messages],
+        "messages": [_plain(message) for message in request.messages],
         "sampling": request.sampling.model_dump(),
         "tools": list(request.tools),
     }
+
+
+def _plain(message: Message) -> list[Any]:
+    plain = [message.role, message.content, list(message.images)]
+    if message.tool_calls or message.tool_call_id:
+        calls = [[call.call_id, call.name, call.arguments] for call in message.tool_calls]
+        return [*plain, calls, message.tool_call_id]
+    return plain
 
 
 def schema(tool: Tool, models: Mapping[str, ModelConfig], *, is_strict: bool = False) -> dict[str, Any]:
@@ -233,6 +241,7 @@ def schema(tool: Tool, models: Mapping[str, ModelConfig], *, is_strict: bool = F
 
 
 def describe(name: str, alias: Alias, model: ModelConfig) -> str:
+    """An alias as the orchestrator is told of it: what it is good at, its price, its usual latency."""
     """An alias as the orchestrator is told of it: what it is good at, its price, its usual latency."""
     price = alias.told(model)
     cost = f"${price.input:g} in, ${price.output:g} out per million tokens" if price else ""

@@ -209,3 +209,31 @@ def test_a_signal_while_services_start_ends_the_command_at_once(cluster: Cluster
     assert job.returncode == 143 and "stopped before the first task" in output, output
     output = finished(cluster.job("--run-dir", str(tmp_path / "run"), "--set", "dataset.limit=1"))
     assert "1 ok" in output
+
+
+def test_a_tau2_run_whose_driver_is_killed_is_finished_by_the_same_command(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """The second benchmark, on the services of the first."""
+    run_dir, out = tmp_path / "run", tmp_path / "figures.json"
+    arguments = ("--run-dir", str(run_dir), "--json", str(out), "--set", "concurrency=4")
+    job = cluster.job(*arguments, script="jobs/tau2.py")
+    until(job, r"^\[TAU2_TASK_COMPLETE\] .* status=done", times=6)
+    job.send_signal(signal.SIGKILL)
+    finished(job)
+    output = finished(cluster.job(*arguments, script="jobs/tau2.py"))
+    last = figures(out)
+    assert (last["ok"], last["planned"], last["exit_code"]) == (20, 20, 0), output
+    assert 0.5 <= last["accuracy"] < 1.0
+    assert last["protocol"] == "service_desk (built in, not tau2-bench)"
+    assert sorted(counted(run_dir)) == sorted(set(counted(run_dir)))
+    written = json.loads((run_dir / "tau2" / "service_desk.json").read_text())
+    rewards = [simulation["reward_info"]["reward"] for simulation in written["simulations"]]
+    assert (len(rewards), sum(rewards)) == (20, 20 * last["accuracy"])
+    replayed = [
+        json.loads(row["detail"])["replayed_calls"]
+        for row in rows(run_dir, "kind", "detail")
+        if row["kind"] == "result"
+    ]
+    assert max(replayed) > 0, "a dialogue that was cut goes on in its middle"
+    assert "No model is called." in finished(cluster.job(*arguments, script="jobs/tau2.py"))

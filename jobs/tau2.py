@@ -1,0 +1,79 @@
+"""Run tau2: `python jobs/tau2.py`, or `ray job submit -- python jobs/tau2.py`.
+
+The built-in service desk by default; `--domain airline` and tau2-bench's other domains where that is
+installed. Run the same command again to resume. Exit codes: 0 complete, 1 failures, 2 a mistake in what was
+asked (nothing was started), 3 rewards owed, 130 or 143 stopped by a signal.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+ROOT = Path(__file__).resolve().parent.parent
+if not __package__:
+    # A script's folder comes first on sys.path, where `jobs/` would hide packages of the same name: this
+    # very file would be `tau2`.
+    sys.path[0] = str(ROOT)
+
+import typer
+
+from ray_app import driver, preview
+from ray_app.config import load
+from ray_app.errors import EvalError
+from ray_app.tau2.config import Tau2Config
+from ray_app.tau2.export import export
+from ray_app.tau2.run import SolverInWorker, check_services, read_job
+
+
+def main(
+    config: Annotated[Path, typer.Option(help="Run config (YAML).")] = ROOT / "configs" / "tau2_sample.yaml",
+    domain: Annotated[
+        list[str] | None, typer.Option(help="Run this domain, and not the config's; may be repeated.")
+    ] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where the run lives: a folder, or s3://BUCKET/PREFIX. Default: by config."),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the final figures here.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key: --set limits.max_steps=50.")
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", "--dry-run", help="Show work, routes and cost; start nothing.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Deploy the services again.")] = False,
+    pictures: Annotated[bool, typer.Option(help="Draw the pictures at the end.")] = True,
+    retry: Annotated[
+        Literal["infrastructure", "failed"], typer.Option(help="Which failed tasks run again.")
+    ] = "infrastructure",
+) -> None:
+    """Evaluate the orchestrator of CONFIG as an agent in dialogues. The same command resumes."""
+    console, retry_failed = driver.make_console(), retry == "failed"
+    chosen = [f"domains=[{', '.join(domain)}]"] if domain else []
+    try:
+        job = read_job(load(config, [*(set_ or ()), *chosen], kind=Tau2Config), run_dir)
+        if plan:
+            is_complete = preview.show(job, driver.make_plan(job, retry_failed=retry_failed), console)
+            raise typer.Exit(0 if is_complete else 2)
+        solver_for = partial(SolverInWorker, job.config, job.prompts, job.data_folder, job.keys())
+        check = partial(check_services, job)
+        command = driver.Command(console, solver_for, check, fresh, retry_failed, json, pictures)
+        exit_code = driver.carry_out(job, command)
+        for line in export(job):
+            command.say(line)
+        raise typer.Exit(exit_code)
+    except EvalError as error:
+        raise typer.Exit(driver.report_error(error, console)) from None
+    except driver.Stopped as stopped:
+        console.print("stopped before the first task; nothing was paid")
+        raise typer.Exit(stopped.exit_code) from None
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(main)
+
+if __name__ == "__main__":
+    app()
