@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.duration import Duration
+from analysis.foretold import Foretold
 from analysis.numbers import PERCENTILES, Histogram, Interval
 from analysis.report import sentence
 from analysis.spending import SpendRow, TaskCost
@@ -49,6 +50,8 @@ def summary_page(run: RunSummary) -> RenderableType:
         parts.append(_segments(run.segments))
     if run.totals.cost_usd:
         parts.append(_spending(run.spending))
+    if run.foretold:
+        parts.append(_foretold(run.foretold))
     parts += [Text(f"Note: {plain(note, 200)}", style="yellow") for note in run.notes]
     return Group(*parts)
 
@@ -118,7 +121,11 @@ def _histogram(title: str, found: Histogram) -> Table:
 
 def _overview(run: RunSummary) -> Table:
     account, totals = run.accounting, run.totals
-    facts = [(name, plain(value, 100)) for name, value in run.facts.items() if value and name != "planned"]
+    facts = [
+        (name, plain(value, 100))
+        for name, value in run.facts.items()
+        if value and name not in ("planned", "forecast")
+    ]
     parts = [f"{getattr(account, name)} {name}" for name in ("ok", "failed", "limited", "owed", "pending")]
     rows = [
         ("state", run.state + (f", {totals.epochs} segments" if totals.epochs > 1 else "")),
@@ -145,6 +152,20 @@ def _overview(run: RunSummary) -> Table:
     table = Table(box=None, show_header=False, title=title, title_justify="left")
     for name, value in rows:
         table.add_row(Text(plain(name.replace("_", " ")), style="bold"), Text(value))
+    return table
+
+
+def _foretold(found: Sequence[Foretold]) -> Table:
+    table = table_of(
+        "Foretold, with 90% intervals, and what came",
+        ["segment"],
+        ["tasks", "wall clock", "from", "to", "came", "cost", "from", "to", "came"],
+    )
+    for row in found:
+        wall = [*map(duration, (row.wall_s[1], row.wall_s[0], row.wall_s[2])), duration(row.actual_wall_s)]
+        cost = [*map(usd, (row.cost_usd[1], row.cost_usd[0], row.cost_usd[2])), usd(row.actual_cost_usd)]
+        tasks = number(row.left) if row.done >= row.left else f"{row.done} of {row.left} done"
+        add_row(table, [str(row.epoch), tasks, *wall, *cost])
     return table
 
 

@@ -1,5 +1,5 @@
-"""Runs in virtual time whose every duration and price is known: tasks of several categories, lognormal or not,
-and a prior run of the same tasks. Order, sample and forecast are the product's own."""
+"""Runs in virtual time whose every duration and price is known: tasks of several categories, lognormal or
+not, and a prior run of the same tasks. Order, sample and forecast are the product's own."""
 
 from __future__ import annotations
 

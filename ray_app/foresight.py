@@ -1,4 +1,4 @@
-"""What the rest of a run will take and cost, with 90 % intervals, from tasks that were measured. Pure, seeded.
+"""What the rest of a run will take and cost, with 90 % intervals, from measured tasks. Pure, seeded.
 
 Wall time is simulated: durations are drawn for the tasks that are left and scheduled in their order on the
 slots. A duration is its task's location (of its stratum, shrunk towards all by how much strata really
@@ -46,7 +46,7 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """Measured tasks: stratum, seconds, US dollars; what a prior run took for the same task (NaN: nothing)."""
+    """Measured tasks: stratum, seconds, US dollars; seconds of the same task in a prior run, or NaN."""
 
     strata: Sequence[str]
     durations_s: Floats
@@ -247,7 +247,7 @@ def _codes(measured: Sequence[str], left: Sequence[str], smallest: int = 1) -> t
 
     Where that one is too small itself, or has no measured task, it is one with all others.
     """
-    counts = {name: 0 for name in sorted({*measured, *left})}
+    counts = dict.fromkeys(sorted({*measured, *left}), 0)
     for name in measured:
         counts[name] += 1
     kept = [name for name, count in counts.items() if count >= smallest]
@@ -255,7 +255,5 @@ def _codes(measured: Sequence[str], left: Sequence[str], smallest: int = 1) -> t
     if len(kept) < len(counts) and others < smallest and smallest > 1:
         kept = []  # nothing to learn from for some of them
     place = {name: number for number, name in enumerate(kept)}
-    found = [
-        np.array([place.get(name, len(kept)) for name in names], np.int64) for names in (measured, left)
-    ]
+    found = [np.array([place.get(name, len(kept)) for name in names], np.int64) for names in (measured, left)]
     return found[0], found[1]

@@ -56,6 +56,8 @@ _PARAMETERS = (
         "Longest first, as tasks took in RUN. Default: in this run's earlier commands.",
         metavar="RUN",
     ),
-    _option("pilot", int | None, None, "--pilot", "Run a stratified sample of so many tasks, then stop.", min=1),
+    _option(
+        "pilot", int | None, None, "--pilot", "Run a stratified sample of so many tasks, then stop.", min=1
+    ),
 )
 _OPTIONS = {parameter.name: parameter for parameter in _PARAMETERS}
