@@ -54,7 +54,19 @@ RESULTS = (
 )
 EVERY = tuple(
     dict.fromkeys(
-        (*BASE, *FACTS, *WORK, *STAGES, *SPANS, *RESULTS, "call_seq", "retries", "web_calls", "context_cut")
+        (
+            *BASE,
+            *FACTS,
+            *WORK,
+            *STAGES,
+            *SPANS,
+            *RESULTS,
+            "call_seq",
+            "retries",
+            "web_calls",
+            "context_cut",
+            "endpoint",
+        )
     )
 )
 CALLS = ("model_call", "tool_call", "retrieval", "code")

@@ -162,8 +162,11 @@ def _foretold(found: Sequence[Foretold]) -> Table:
         ["tasks", "wall clock", "from", "to", "came", "cost", "from", "to", "came"],
     )
     for row in found:
-        wall = [*map(duration, (row.wall_s[1], row.wall_s[0], row.wall_s[2])), duration(row.actual_wall_s)]
-        cost = [*map(usd, (row.cost_usd[1], row.cost_usd[0], row.cost_usd[2])), usd(row.actual_cost_usd)]
+        came_s, came_usd = row.actual_wall_s, row.actual_cost_usd
+        wall = [duration(row.wall_s[place]) for place in (1, 0, 2)]
+        cost = [usd(row.cost_usd[place]) for place in (1, 0, 2)]
+        wall.append(DASH if came_s is None else duration(came_s))
+        cost.append(DASH if came_usd is None else usd(came_usd))
         tasks = number(row.left) if row.done >= row.left else f"{row.done} of {row.left} done"
         add_row(table, [str(row.epoch), tasks, *wall, *cost])
     return table

@@ -205,7 +205,8 @@ def _repeated(logs: Floats, priors: Floats, ahead: Floats, rng: np.random.Genera
     logs, priors = logs[picked], priors[picked]
     slope = _slope(priors, logs) if priors.std() > 0 else 0.0
     off = (logs - logs.mean() - slope * (priors - priors.mean())) * np.sqrt(n / (n - 2))
-    return float(logs.mean()) + slope * (ahead - priors.mean()) + _residuals(off, len(ahead), rng)
+    line: Floats = float(logs.mean()) + slope * (ahead - priors.mean())
+    return line + _residuals(off, len(ahead), rng)
 
 
 # Cost.

@@ -6,6 +6,7 @@ the one that a command started with stands in its `run_start`, so that the end c
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ def history(run_dir: Path) -> History | None:
     routes = f"""
         select model, endpoint, count(*) filter (kind = 'model_call'),
             coalesce(sum(duration_s - coalesce(queue_s, 0)) filter (kind = 'model_call'), 0),
-            arg_max(cast(json_extract_string(detail, '$.new') as integer), t_start) filter (kind = 'limit')
+            arg_max(detail, t_start) filter (kind = 'limit')
         from events
         where kind in ('model_call', 'limit') and not coalesce(is_replayed, false)
             and not {events.SECOND_OPINION}
@@ -113,8 +114,16 @@ def history(run_dir: Path) -> History | None:
     """
     with events.connect(run_dir) as log:
         seconds = {epoch: max(0.0, span) for epoch, span in log.execute(spans).fetchall() if span}
-        used = [RouteUse(*row) for row in log.execute(routes).fetchall()]
+        used = [RouteUse(*row, _limit(detail)) for *row, detail in log.execute(routes).fetchall()]
     return History(results, seconds, [use for use in used if use.calls])
+
+
+def _limit(detail: str | None) -> int | None:
+    """Of a `limit` event; None where there is none that can be read."""
+    try:
+        return int(json.loads(detail or "")["new"])
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def prior(asked: Asked) -> History | None:
@@ -161,7 +170,7 @@ def outlook(job: Job, work: Plan, asked: Asked) -> Outlook | None:
     tasks = {task.rollout_key: task for task in job.tasks}
     left = [item.task for item in ordering.order(work.left, asked, durations(before, own))]
     place = Place(job.config.concurrency, _longest_s(job.config), _loads(job.config, basis))
-    told = foresight.forecast(_sample(basis.measured, tasks, known), _rest(left, known), place, asked.seed)
+    told = foresight.forecast(sample(basis.measured, tasks, known), _rest(left, known), place, asked.seed)
     if told is None:
         return None
     source = "finished tasks of this run" if basis is own else f"tasks of {asked.durations_from}"
@@ -170,7 +179,7 @@ def outlook(job: Job, work: Plan, asked: Asked) -> Outlook | None:
     return Outlook(told, len(left), work.kept.planned, *used, words)
 
 
-def _sample(rows: Sequence[Row], tasks: Mapping[str, Task], known: Durations) -> Sample:
+def sample(rows: Sequence[Row], tasks: Mapping[str, Task], known: Durations) -> Sample:
     found = [tasks.get(row["rollout_key"]) for row in rows]
     return Sample(
         [f"{row['category'] or ''} / {row['answer_type'] or ''}" for row in rows],
