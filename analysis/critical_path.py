@@ -204,7 +204,7 @@ def _end(log: RunLog, attempts: _Attempts, gantt: Gantt, shown: int) -> TheEnd:
     whole = schedule.busy_s(attempts.starts, attempts.ends, low, last)
     within = np.minimum(gantt.call_ends, last) - np.maximum(gantt.call_starts, low)
     within = np.where(gantt.call_attempt >= 0, np.clip(within, 0.0, None), 0.0)
-    stages = np.bincount(gantt.call_stage, within, minlength=len(STAGE_NAMES))
+    stages: Floats = np.bincount(gantt.call_stage, within, minlength=len(STAGE_NAMES)).astype(float)
     stages[-1] = max(0.0, whole - float(stages[:-1].sum()))
     routes: dict[str, float] = {}
     models, endpoints = log.words("model"), log.words("endpoint")

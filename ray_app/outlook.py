@@ -218,9 +218,7 @@ def bottleneck(config: BaseRun, seen: History) -> str:
         return ""
     task_s = sum(row["duration_s"] for row in rows)
     slots = min(config.concurrency, len(rows))
-    busiest = (
-        f"places for tasks (concurrency {config.concurrency}), {_percent(task_s / (slots * span_s))} busy"
-    )
+    busiest = f"places for tasks ({slots} at once), {_percent(task_s / (slots * span_s))} busy"
     most = task_s / (slots * span_s)
     for use in seen.routes:
         share = use.call_s / (use.limit * span_s) if use.limit else 0.0

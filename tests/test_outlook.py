@@ -46,7 +46,7 @@ def test_a_log_tells_what_tasks_took_and_how_busy_each_route_was(tmp_path: Path)
     assert seen.routes == [RouteUse("baseline", "http://e", 2, 16.0, 2)]
     told = outlook.bottleneck(CONFIG, seen).splitlines()
     assert told == [
-        "Bottleneck so far: places for tasks (concurrency 8), 90% busy",
+        "Bottleneck so far: places for tasks (2 at once), 90% busy",
         "  beyond its limit: baseline at http://e: about 7 calls at once with all places taken, "
         "its limit was 2 at last",
     ]
