@@ -114,7 +114,10 @@ def history(run_dir: Path) -> History | None:
     """
     with events.connect(run_dir) as log:
         seconds = {epoch: max(0.0, span) for epoch, span in log.execute(spans).fetchall() if span}
-        used = [RouteUse(*row, _limit(detail)) for *row, detail in log.execute(routes).fetchall()]
+        used = [
+            RouteUse(model, endpoint, calls, call_s, _limit(detail))
+            for model, endpoint, calls, call_s, detail in log.execute(routes).fetchall()
+        ]
     return History(results, seconds, [use for use in used if use.calls])
 
 
