@@ -35,12 +35,13 @@ LONGEST_FIRST = Asked(durations_from=Path("prior"))
 
 def of_gamma(rng: np.random.Generator, size: int) -> Floats:
     """Logarithms of gamma durations of shape 2."""
-    return np.log(rng.gamma(2.0, 1.0, size)).astype(np.float64)
+    return np.asarray(np.log(rng.gamma(2.0, 1.0, size)), np.float64)
 
 
 def of_two_kinds(rng: np.random.Generator, size: int) -> Floats:
     """One task in ten takes eight times as long."""
-    return 0.4 * rng.standard_normal(size) + np.where(rng.random(size) < 0.1, np.log(8.0), 0.0)
+    is_long = rng.random(size) < 0.1
+    return np.asarray(0.4 * rng.standard_normal(size) + np.log(8.0) * is_long, np.float64)
 
 
 def of_pareto(rng: np.random.Generator, size: int) -> Floats:
@@ -74,7 +75,7 @@ class Sizes:
         return self.tasks // 20
 
 
-FULL = Sizes(2500, 512, 20, 500, 100, 600, 64, 1.0)
+FULL = Sizes(2500, 512, 20, 300, 60, 600, 64, 1.0)
 QUICK = Sizes(600, 120, 4, 4, 2, 0, 0, 0.0)
 
 

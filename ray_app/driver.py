@@ -188,7 +188,7 @@ def make_plan(job: Job, *, retry_failed: bool, asked: Asked = NOTHING_ASKED) -> 
     results = events.results(job.run_dir).to_pylist() if has_run and (job.run_dir / "log").exists() else []
     work = planning.plan(job.tasks, job.config.trials, results, retry_failed=retry_failed)
     if job.replays is None:
-        return outlook.arranged(job, work, asked)
+        return outlook.arranged(job, work, results, asked)
     known = job.replays.results
     return replace(work, items=tuple(item for item in work.items if item.key in known))
 

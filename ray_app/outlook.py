@@ -153,11 +153,12 @@ def durations(*runs: History | None) -> Durations:
     return Durations(by_key, by_id)
 
 
-def arranged(job: Job, work: Plan, asked: Asked) -> Plan:
-    """`work` in the order that `asked` and the logs say, with what is not for this command set aside."""
-    if job.replays is not None:
-        return work
-    known = durations(prior(asked), history(job.run_dir) if work.skipped else None)
+def arranged(job: Job, work: Plan, results: Sequence[Row], asked: Asked) -> Plan:
+    """`work` in the order that durations say, with what is not for this command set aside.
+
+    `results` are those that count in this run.
+    """
+    known = durations(prior(asked), History(results, {}, ()))
     return ordering.arranged(work, job.tasks, asked, known)
 
 
