@@ -212,7 +212,8 @@ def carry_out(job: Job, command: Command) -> int:
             with signals_raise():
                 ending = _run(job, work, command, held)
         else:
-            command.say(f"Nothing left to run: {work.kept.line()}. No model is called.")
+            of = " of the pilot" if work.later else ""
+            command.say(f"Nothing left to run{of}: {work.kept.line()}. No model is called.")
             ending = Ending(work.kept, held.epoch, later=len(work.later))
         # The lease is held to the end: a log may be compacted only while nobody else writes to it.
         if job.replays is not None:
