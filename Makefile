@@ -1,4 +1,4 @@
-# make setup | hle | test | test-long | check | bench. Another interpreter: make setup PYTHON=python3.12.
+# make setup | hle | tau2 | test | test-long | check | bench. Another interpreter: make setup PYTHON=python3.12.
 # On a GPU machine: make setup EXTRA=gpu.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +6,7 @@ EXTRA ?= cpu
 BIN := $(VENV)/bin
 BENCHES := baseline engine retriever
 
-.PHONY: setup hle test test-long check bench clean
+.PHONY: setup hle tau2 test test-long check bench clean
 
 setup: $(VENV)/.ready
 
@@ -24,6 +24,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 hle: setup
 	$(BIN)/python jobs/hle.py
+
+tau2: setup
+	$(BIN)/python jobs/tau2.py
 
 test: setup
 	$(BIN)/pytest

@@ -114,6 +114,18 @@ def wald_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
     return Interval(p - half, p + half)
 
 
+def pass_hat_k(trials: int, successes: int, k: int) -> float:
+    """The chance that k of a task's trials, drawn without return, all succeed: a ratio of binomials.
+
+    tau-bench's pass^k (arXiv:2406.12045) is its mean over tasks. Raises ValueError unless 1 <= k <= trials.
+    """
+    if not 1 <= k <= trials or not 0 <= successes <= trials:
+        raise ValueError(
+            f"pass^{k} of {successes} in {trials}: expected 1 <= k <= trials and at most that many"
+        )
+    return math.comb(successes, k) / math.comb(trials, k)
+
+
 def describe(values: ArrayLike, five_seconds: float | None = 5.0) -> Summary:
     """Moments and percentiles of a flat list of numbers.
 

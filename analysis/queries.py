@@ -17,7 +17,7 @@ import duckdb
 from ray_app import events
 
 TOOLS = ("enhance_reasoning", "search", "answer")
-OTHER_WORK = ("orchestrator", "judge", "retrieval", "code")
+OTHER_WORK = ("orchestrator", "user", "judge", "retrieval", "code")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,7 @@ _COLUMNS = [
     *("kind", "epoch", "rollout_key", "judge_key", "trial", "call_seq", "role", "tool", "alias", "model"),
     *("status", "exit_status", "is_replayed", "t_start", "duration_s", "prefill_s", "decode_s"),
     *("prompt_tokens", "cached_tokens", "completion_tokens", "cost_usd", "retries", "detail"),
+    *("web_calls", "context_cut"),
 ]
 # `work` is what a call's time counts as, `payer` where its tokens and cost are shown: an expert's time
 # is inside its tool call, its tokens belong to the tool. A program that ends badly has status ok,
@@ -129,7 +130,7 @@ def open_run(run_dir: Path) -> RunLog:
 
 
 def tool_table(log: RunLog) -> list[ToolRow]:
-    """The tools, unknown ones after the known, then the orchestrator, the judge, retrieval and code."""
+    """The tools, unknown ones after the known, then the models by role, retrieval and code."""
     rows = [ToolRow(*row) for row in log.ask(_TOOL_TABLE)]
     return sorted(rows, key=lambda row: (row.share is None, _place(row.name)))
 

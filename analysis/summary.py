@@ -38,8 +38,10 @@ class Totals:
 
     `invalid_turns` are those in which the orchestrator called no tool that it was offered.
     `repeated_calls` are model calls that succeeded before and were made again, as after a crash.
-    `counted_cost_usd` is the part of `cost_usd` that the counted results took. `wall_s` adds up the time
-    that each epoch was at work, so that the pause before a resume is no part of it.
+    `counted_cost_usd` is the part of `cost_usd` that the tasks with a counted result took, in all their
+    attempts. `cut_prompts` had no room for all that was gathered; `overflows` were prompts that an endpoint
+    called too long although they had been counted. `wall_s` adds up the time that each epoch was at work, so
+    that the pause before a resume is no part of it.
     """
 
     epochs: int = 0
@@ -54,7 +56,33 @@ class Totals:
     completion_tokens: int = 0
     cost_usd: float = 0.0
     counted_cost_usd: float = 0.0
+    cut_prompts: int = 0
+    overflows: int = 0
     wall_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SpendRow:
+    """What one kind of work (`models`, `web`, `code`) cost, the dearest first; models as endpoints name them.
+
+    `calls` are paid web calls where the kind is `web`. Failed and repeated calls are in.
+    """
+
+    kind: str
+    model: str
+    calls: int
+    tokens: int
+    cost_usd: float
+
+
+@dataclass(frozen=True, slots=True)
+class TaskCost:
+    """US dollars of the counted results: a mean one, a middle one, the dearest and its task."""
+
+    mean_usd: float = 0.0
+    p50_usd: float = 0.0
+    most_usd: float = 0.0
+    most_task: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +97,8 @@ class RunSummary:
     by_answer_type: list[GroupRow]
     failures: dict[str, int]
     totals: Totals
+    spending: list[SpendRow]
+    task_cost: TaskCost
     notes: list[str]
 
 
@@ -93,8 +123,20 @@ select (select count(*) from epochs),
        coalesce(sum(completion_tokens) filter (kind = 'model_call'), 0)::bigint,
        coalesce(sum(cost_usd) filter (kind in ('model_call', 'retrieval', 'code')), 0.0),
        (select coalesce(sum(cost_usd), 0.0) from results),
+       count(*) filter (kind = 'model_call' and context_cut > 0), count(*) filter (kind = 'overflow'),
        (select coalesce(sum(ended - began), 0.0) from epochs)
 from live
+"""
+_SPENDING = """
+select case kind when 'model_call' then 'models' when 'retrieval' then 'web' else 'code' end,
+       case when kind = 'model_call' then coalesce(model, '') else '' end,
+       coalesce(sum(case when kind = 'retrieval' then web_calls else 1 end), 0)::bigint,
+       coalesce(sum(tokens), 0)::bigint, coalesce(sum(cost_usd), 0.0)
+from calls where kind <> 'tool_call' group by 1, 2 order by 5 desc, 1, 2
+"""
+_TASK_COST = """
+select avg(cost_usd), median(cost_usd), max(cost_usd), coalesce(arg_max(task_id, cost_usd), '')
+from results having count(cost_usd) > 0
 """
 _NEWEST_START = """
 select detail from events where kind = 'run_start' order by epoch desc, t_start desc limit 1
@@ -125,6 +167,8 @@ def summarise(log: RunLog) -> RunSummary:
         by_answer_type=_groups(log, "answer_type"),
         failures=dict(log.ask(_FAILURES)),
         totals=Totals(*log.ask(_TOTALS)[0]),
+        spending=[SpendRow(*row) for row in log.ask(_SPENDING)],
+        task_cost=TaskCost(*(log.ask(_TASK_COST) or [()])[0]),
         notes=notes,
     )
 

@@ -13,7 +13,7 @@ from analysis.metrics import MetricReport
 from analysis.numbers import Interval
 from analysis.queries import ToolRow, UsageRow
 from analysis.report import sentence
-from analysis.summary import GroupRow, RunSummary
+from analysis.summary import GroupRow, RunSummary, SpendRow, TaskCost
 from analysis.text import DASH, duration, number, percent, plain, usd
 
 MIN_NAME_WIDTH = 17
@@ -26,6 +26,8 @@ def summary_page(run: RunSummary) -> RenderableType:
     parts: list[RenderableType] = [_overview(run)]
     if run.by_category:
         parts += [_groups("category", run.by_category), _groups("answer type", run.by_answer_type)]
+    if run.totals.cost_usd:
+        parts.append(_spending(run.spending))
     parts += [Text(f"Note: {plain(note, 200)}", style="yellow") for note in run.notes]
     return Group(*parts)
 
@@ -59,7 +61,9 @@ def _overview(run: RunSummary) -> Table:
         ("95% interval", f"{_interval(account.interval)} (Wilson)"),
         ("failures", failures or "none"),
         ("cost", f"{usd(totals.cost_usd)}, of which counted results {usd(totals.counted_cost_usd)}"),
+        *([("cost of a task", _task_cost(run.task_cost))] if totals.cost_usd else []),
         ("tokens", _tokens(run)),
+        ("prompts cut", f"{number(totals.cut_prompts)} ({totals.overflows} too long for the endpoint)"),
         ("time at work", duration(totals.wall_s)),
         ("attempts", number(totals.attempts)),
         ("turns", f"{number(totals.turns)} ({totals.invalid_turns} invalid)"),
@@ -80,6 +84,18 @@ def _groups(label: str, groups: Sequence[GroupRow]) -> Table:
         outcomes = [number(value) for value in (row.n, row.correct, row.failed, row.limited, row.owed)]
         _add(table, [row.name, *outcomes, percent(row.accuracy), _interval(row.interval)])
     return table
+
+
+def _spending(rows: Sequence[SpendRow]) -> Table:
+    table = _table("Cost by kind and model", ["kind", "model"], ["calls", "tokens", "cost"])
+    for row in rows:
+        _add(table, [row.kind, row.model or DASH, number(row.calls), number(row.tokens), usd(row.cost_usd)])
+    return table
+
+
+def _task_cost(cost: TaskCost) -> str:
+    dearest = f" ({plain(cost.most_task, 40)})" if cost.most_usd else ""
+    return f"{usd(cost.mean_usd)} mean, {usd(cost.p50_usd)} median, {usd(cost.most_usd)} most{dearest}"
 
 
 def tools_page(rows: Sequence[ToolRow]) -> Table:

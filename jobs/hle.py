@@ -1,12 +1,14 @@
 """Run Humanity's Last Exam: `python jobs/hle.py`, or `ray job submit -- python jobs/hle.py`.
 
-Run the same command again to resume. Exit codes: 0 complete, 1 failures, 2 a mistake in what was
-asked (nothing was started), 3 verdicts owed, 130 or 143 stopped by a signal.
+Run the same command again to resume; `--replay RUN` runs the tasks of another run with every reply from
+its log. Exit codes: 0 complete (a replay: equal), 1 failures (a replay: other decisions), 2 a mistake in
+what was asked (nothing was started), 3 verdicts owed, 130 or 143 stopped by a signal.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,14 +21,21 @@ if not __package__:
 import typer
 
 from ray_app import adopt as adoption
-from ray_app import driver, preview
+from ray_app import driver, object_store, preview
 from ray_app.config import load
-from ray_app.errors import EvalError
-from ray_app.hle import SolverInWorker, check_services, read_job
+from ray_app.errors import ConfigError, EvalError
+from ray_app.hle import HleJob, ReplayInWorker, SolverInWorker, check_services, read_job, read_replay
+from ray_app.recording import Recording
+from ray_app.worker import SolverFactory
+
+SAMPLE = ROOT / "configs" / "hle_sample.yaml"
 
 
 def main(
-    config: Annotated[Path, typer.Option(help="Run config (YAML).")] = ROOT / "configs" / "hle_sample.yaml",
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Run config (YAML). Default: configs/hle_sample.yaml; of a replay, the run's own."),
+    ] = None,
     run_dir: Annotated[
         Path | None,
         typer.Option(help="Where the run lives: a folder, or s3://BUCKET/PREFIX. Default: by config."),
@@ -42,6 +51,13 @@ def main(
         Path | None,
         typer.Option(help="First take over the finished {id}.json results of DIR.", metavar="DIR"),
     ] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run the tasks of RUN again with every reply from its log, and compare the decisions.",
+            metavar="RUN",
+        ),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Deploy the services again.")] = False,
     pictures: Annotated[bool, typer.Option(help="Draw the pictures at the end.")] = True,
     retry: Annotated[
@@ -51,7 +67,14 @@ def main(
     """Evaluate the orchestrator of CONFIG on its dataset. The same command resumes."""
     console, retry_failed = driver.make_console(), retry == "failed"
     try:
-        job = read_job(load(config, set_ or ()), run_dir)
+        if replay is not None:
+            if plan or adopt is not None or fresh or retry == "failed":
+                raise ConfigError("--replay: goes with --config, --set, --run-dir and --json only")
+            job, solver_for = _replay(replay, config, set_ or (), run_dir)
+            check = partial(check_services, job)
+            command = driver.Command(console, solver_for, check, json_path=json)
+            raise typer.Exit(driver.carry_out(job, command))
+        job = read_job(load(config or SAMPLE, set_ or ()), run_dir)
         if plan:
             is_complete = preview.show(job, driver.make_plan(job, retry_failed=retry_failed), console)
             raise typer.Exit(0 if is_complete else 2)
@@ -66,6 +89,17 @@ def main(
     except driver.Stopped as stopped:
         console.print("stopped before the first task; nothing was paid")
         raise typer.Exit(stopped.exit_code) from None
+
+
+def _replay(
+    run: Path, config: Path | None, overrides: Sequence[str], run_dir: Path | None
+) -> tuple[HleJob, Callable[[Mapping[str, str]], SolverFactory]]:
+    """The replay of `run`, by default under its own config, whatever the environment says today."""
+    recorded = Recording.of(object_store.local(run))
+    saved = recorded.run_dir / "config.yaml"
+    settings = load(config, overrides) if config else load(saved, ["endpoints_file=null", *overrides], {})
+    job = read_replay(recorded, settings, run_dir)
+    return job, lambda urls: ReplayInWorker(job.config, job.prompts)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ray_app.budgets import check_spent
@@ -16,7 +17,7 @@ from ray_app.errors import LimitReached, ToolError
 from ray_app.journal import Journal
 from ray_app.prompting import Prompts
 from ray_app.records import ChatReply, Message, Task
-from ray_app.tools.base import Answer, Caller, Tool, schema
+from ray_app.tools.base import Answer, Caller, Prompt, Tool, schema
 from ray_app.workspace import Workspace, orchestrator_context
 
 
@@ -46,11 +47,20 @@ class Agent:
     prompts: Prompts
 
     async def run(self, task: Task, journal: Journal) -> Answer:
-        """The answer to `task`. Raises LimitReached when a budget is used up before one is given."""
+        """The answer to `task`. Raises LimitReached when a budget is used up before one is given.
+
+        Budgets hold for each call, so that a turn stops in its middle; the judge is not one of them.
+        """
+        journal.guard = partial(check_spent, self.limits)
+        try:
+            return await self._turns(task, journal)
+        finally:
+            journal.guard = None
+
+    async def _turns(self, task: Task, journal: Journal) -> Answer:
         space = Workspace()
         feedback = ""
         for turn in range(self.limits.max_rounds):
-            check_spent(self.limits, journal)
             journal.turn = turn
             started = journal.timer()
             offered = self._offered(space)
@@ -69,21 +79,30 @@ class Agent:
         self, task: Task, space: Workspace, offered: Mapping[str, Tool], feedback: str, journal: Journal
     ) -> ChatReply:
         journal.tool = journal.alias = ""
-        model = self.config.model
-        budget = self.caller.budget(model, self.config.budget, self.config.sampling)
-        context = orchestrator_context(space, task.question, budget, self.caller.tokens(model))
+        model, budget = self.config.model, self.config.budget
+        tokens = self.caller.tokens(model)
+        prompt = Prompt(
+            partial(self._messages, task, feedback),
+            lambda room: orchestrator_context(space, room, budget, tokens),
+            task.question,
+            budget.context_tokens,
+        )
+        schemas = tuple(schema(tool, self.caller.models) for tool in offered.values())
+        return await self.caller.ask_about(
+            journal, "orchestrator", model, prompt, self.config.sampling, schemas
+        )
+
+    def _messages(self, task: Task, feedback: str, context: str) -> tuple[Message, ...]:
         user = self.prompts.render(
             "orchestrator",
             question=task.question,
             context=context,
             feedback=self.prompts.render("feedback", reason=feedback) if feedback else "",
         )
-        messages = (
+        return (
             Message("system", self.prompts.render("orchestrator_system").strip()),
-            Message("user", user, self.caller.images(model, task)),
+            Message("user", user, self.caller.images(self.config.model, task)),
         )
-        schemas = tuple(schema(tool, self.caller.models) for tool in offered.values())
-        return await self.caller.ask(journal, "orchestrator", model, messages, self.config.sampling, schemas)
 
     async def _use(
         self, chosen: Choice, task: Task, space: Workspace, journal: Journal

@@ -20,7 +20,7 @@ import aiohttp
 import httpx2  # the openai SDK's transport; errors in mid-stream reach us unwrapped
 import openai
 
-from ray_app.config import Endpoint, ModelConfig, Sampling
+from ray_app.config import Endpoint, ModelConfig, Price, Sampling
 from ray_app.errors import AccessDenied, ConfigError, ContextOverflow, EndpointError, Refusal
 from ray_app.records import ChatReply, Message, ToolCall, Usage
 
@@ -220,11 +220,9 @@ async def _stream(
         raise EndpointError(f"endpoint {route.url}: broken stream: {_one_line(error)}") from None
     if not finish:
         raise EndpointError(f"endpoint {route.url}: the stream ended in the middle of an answer")
-    if finish == "content_filter":
-        raise Refusal(f"model {request.model}: the endpoint's content filter stopped the answer")
     done = time.monotonic()
     counted = _usage(usage)
-    return ChatReply(
+    reply = ChatReply(
         content="".join(content),
         tool_calls=tuple(ToolCall(c["id"], c["name"], c["arguments"]) for _, c in sorted(calls.items())),
         finish_reason=finish,
@@ -237,6 +235,11 @@ async def _stream(
         cost_usd=cost(counted, model),
         retries=retries,
     )
+    if finish == "content_filter":
+        refusal = Refusal(f"model {request.model}: the endpoint's content filter stopped the answer")
+        refusal.reply = reply
+        raise refusal
+    return reply
 
 
 def _merge(calls: dict[int, dict[str, str]], parts: Iterable[Any]) -> None:
@@ -294,8 +297,8 @@ def _usage(usage: Any) -> Usage:
 
 
 def cost(usage: Usage, model: ModelConfig) -> float:
-    """US dollars of one call at the model's prices (dollars per million tokens)."""
-    price = model.price
+    """US dollars of one call at the model's prices (dollars per million tokens); 0 where it has none."""
+    price = model.price or Price()
     cached_price = price.input if price.cached_input is None else price.cached_input
     fresh = usage.prompt_tokens - usage.cached_tokens
     total = fresh * price.input + usage.cached_tokens * cached_price + usage.completion_tokens * price.output

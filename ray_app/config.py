@@ -27,10 +27,11 @@ TOOL_NAMES: tuple[ToolName, ...] = ("enhance_reasoning", "search", "answer")
 OPERATIONAL_KEYS = frozenset(
     {"run_name", "concurrency", "workers", "attempts", "services", "endpoints_file", "prompts"}
 )
-MODEL_PLACE = frozenset({"endpoints", "timeout_s"})
+# A price, too: one that is mended in mid-run changes the bill. What the orchestrator was told of it stays.
+MODEL_PLACE = frozenset({"endpoints", "timeout_s", "price"})
+CODE_PLACE = frozenset({"usd_per_s"})
 RETRIEVER_PLACE = frozenset({"service", "url", "timeout_s"})
 ENVIRONMENT_KEYS = {"CONCURRENCY": "concurrency", "RUN_NAME": "run_name"}
-
 
 Config = TypeVar("Config", bound="BaseRun")
 
@@ -56,7 +57,7 @@ class Endpoint(Section):
 
 
 class Price(Section):
-    """US dollars per million tokens; cached input costs `input` unless said otherwise."""
+    """US dollars per million tokens; cached input costs `input` unless said otherwise. Free is 0."""
 
     input: float = Field(0.0, ge=0)
     output: float = Field(0.0, ge=0)
@@ -70,7 +71,7 @@ class ModelConfig(Section):
     served_name: str | None = Field(None, description="the name that the endpoint knows it by")
     context_length: int = Field(32768, gt=0)
     tokenizer: str = Field("words", description="words, or a tokenizer.json / hub id of the model's own")
-    price: Price = Price()
+    price: Price | None = Field(None, description="none: unpriced, and said so; a model of your own costs 0")
     accepts_images: bool = False
     answer_format: Literal["tags", "boxed"] = "tags"
     timeout_s: float = Field(600.0, gt=0)
@@ -103,8 +104,15 @@ class Alias(Section):
     model: str
     blurb: str = Field("", description="what the orchestrator is told about it")
     latency_s: float | None = Field(None, description="typical seconds a call, told to the orchestrator")
+    told_price: Price | None = Field(
+        None, description="what the orchestrator is told that it costs; its model's price unless given"
+    )
     sampling: Sampling = Sampling()
     budget: ContextBudget = ContextBudget()
+
+    def told(self, model: ModelConfig) -> Price | None:
+        """The price that stands in the orchestrator's prompt; None: nothing of it does."""
+        return self.told_price or model.price
 
 
 class OrchestratorSampling(Sampling):
@@ -187,6 +195,7 @@ class CodeExecution(Section):
     wall_s: float = Field(60.0, gt=0)
     memory_mib: int = Field(2048, gt=0)
     require_isolation: bool = Field(False, description="refuse to run where a sandbox layer is missing")
+    usd_per_s: float = Field(0.0, ge=0, description="price of a second of a program's run")
 
 
 class BaseRun(Section):
@@ -230,14 +239,26 @@ class BaseRun(Section):
     def _names_resolve(self) -> Self:
         for where, model in self.routes().items():
             if model not in self.models:
-                raise ValueError(
-                    f"{where}.model: unknown model {model!r}; models has {', '.join(self.models)}"
-                )
+                known = ", ".join(self.models)
+                raise ValueError(f"{where}.model: unknown model {model!r}; models has {known}")
+        if self.limits.cost_usd is not None and (unpriced := self.unpriced()):
+            raise ValueError(
+                f"limits.cost_usd: models.{unpriced[0]} has no price, so spending is not known; "
+                "give one (0 where it is free)"
+            )
         return self
 
     def models_used(self) -> list[str]:
         """The models that calls can go to, each once."""
         return sorted(set(self.routes().values()))
+
+    def unpriced(self) -> list[str]:
+        """The models in use whose calls are counted as free for want of a price."""
+        return [name for name in self.models_used() if self.models[name].price is None]
+
+    def estimated(self) -> list[str]:
+        """The models in use whose tokens are estimated."""
+        return [name for name in self.models_used() if self.models[name].tokenizer == "words"]
 
     def key_names(self) -> list[str]:
         """The variables that hold keys of the models used."""
@@ -251,6 +272,15 @@ class BaseRun(Section):
         if whole.get("retriever"):
             whole["retriever"] = _without(whole["retriever"], RETRIEVER_PLACE)
         return {key: value for key, value in whole.items() if key not in OPERATIONAL_KEYS}
+
+    def told(self, aliases: Mapping[str, Alias]) -> dict[str, Any]:
+        """Aliases with the price that each is told at: part of the orchestrator's prompt."""
+        told = {}
+        for name, alias in aliases.items():
+            price = alias.told(self.models[alias.model])
+            shown = None if price is None else {"input": price.input, "output": price.output}
+            told[name] = alias.model_dump(mode="json") | {"told_price": shown}
+        return told
 
     @property
     def digest(self) -> str:
@@ -305,6 +335,11 @@ class RunConfig(BaseRun):
 
     def retriever_used(self) -> Retriever | None:
         return self.retriever if self.retriever.enabled and "search" in self.tools else None
+
+    def measured(self) -> dict[str, Any]:
+        tools = {name: self.told(aliases) for name, aliases in self.tools.items()}
+        code = _without(self.code.model_dump(mode="json"), CODE_PLACE)
+        return {**super().measured(), "tools": tools, "code": code}
 
 
 def summed(parts: Iterable[tuple[str, float]]) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """A job from its checked inputs to its exit code: lease, services, engine, report.
 
 Exit codes: 0 everything accounted for and nothing failed, 1 failures, 2 the user's mistake (nothing
-was started), 3 verdicts owed, 130 or 143 stopped by SIGINT or SIGTERM; the same command resumes.
+was started), 3 verdicts owed, 130 or 143 stopped by SIGINT or SIGTERM; the same command resumes. Of a
+replay: 0 the same decisions, 1 others.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import asyncio
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from rich.console import Console
 
 from ray_app import (
     compaction,
+    comparison,
     engine,
     events,
     lease,
@@ -42,6 +45,7 @@ from ray_app.event_writer import EventWriter
 from ray_app.options import Options
 from ray_app.progress import Display
 from ray_app.prompting import Prompts
+from ray_app.recording import Recording
 from ray_app.records import Event, EventKind, Task
 from ray_app.services import ServeConfig
 from ray_app.worker import SolverFactory
@@ -56,7 +60,8 @@ MIN_FAILURES_IN_A_ROW = 20
 class Job:
     """One benchmark run, read and checked; nothing is started yet. Each benchmark has its own kind.
 
-    `identity` is what else than the config must be equal on a resume.
+    `identity` is what else than the config must be equal on a resume. A job that `replays` another run
+    asks nothing outside: no service is deployed, no key is read.
     """
 
     config: BaseRun
@@ -65,6 +70,7 @@ class Job:
     identity: Mapping[str, str]
     run_dir: Path
     serve_config: ServeConfig
+    replays: Recording | None = None
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -97,6 +103,7 @@ class Job:
             "left_out": dict(self.data.left_out),
             "trials": self.config.trials,
             **self.own_facts(),
+            "unpriced": ", ".join(self.config.unpriced()),
             "commit": rundir.commit(),
         }
 
@@ -171,7 +178,11 @@ def make_plan(job: Job, *, retry_failed: bool) -> planning.Plan:
     """What the run directory leaves to do; everything, where there is none yet."""
     has_run = rundir.check_resumable(job.run_dir, job.config, job.identity)
     results = events.results(job.run_dir).to_pylist() if has_run and (job.run_dir / "log").exists() else []
-    return planning.plan(job.tasks, job.config.trials, results, retry_failed=retry_failed)
+    work = planning.plan(job.tasks, job.config.trials, results, retry_failed=retry_failed)
+    if job.replays is None:
+        return work
+    known = job.replays.results
+    return replace(work, items=tuple(item for item in work.items if item.key in known))
 
 
 def carry_out(job: Job, command: Command) -> int:
@@ -196,6 +207,8 @@ def carry_out(job: Job, command: Command) -> int:
             command.say(f"Nothing left to run: {work.kept.line()}. No model is called.")
             ending = Ending(work.kept, held.epoch)
         # The lease is held to the end: a log may be compacted only while nobody else writes to it.
+        if job.replays is not None:
+            return finish_replay(job, job.replays, ending, command)
         finish(job, ending, command)
     return ending.exit_code
 
@@ -242,7 +255,7 @@ def _owned(job: Job) -> Iterator[lease.Lease]:
 
 def _options(job: Job, held: lease.Lease, items: int) -> Options:
     config = job.config
-    return Options(
+    options = Options(
         run_dir=job.run_dir,
         run_id=job.run_dir.name,
         epoch=held.epoch,
@@ -253,6 +266,12 @@ def _options(job: Job, held: lease.Lease, items: int) -> Options:
         canary=job.data.canary,
         attempt_deadline_s=_attempt_deadline_s(config.limits.wall_s),
         url=object_store.place(job.run_dir) if object_store.store_of(job.run_dir) else "",
+    )
+    if job.replays is None:
+        return options
+    # What failed in the record fails again, at once and however often.
+    return replace(
+        options, replays=job.replays.run_dir, attempts=1, give_up_after=sys.maxsize, attempt_deadline_s=None
     )
 
 
@@ -265,15 +284,7 @@ def _run(job: Job, work: planning.Plan, command: Command, held: lease.Lease) -> 
     started = time.time()
     ray_cluster.connect(command.say)
     raise_on_signals()  # Ray has put its own handler in place
-    needed = services.needed(job.config)
-    services.ensure(job.serve_config, needed, fresh=command.is_fresh, say=command.say)
-    head = ray_cluster.head_address()
-    urls = job.serve_config.urls(head)
-    if needed:
-        asyncio.run(services.wait_for_proxy(job.serve_config.proxy(head)))
-    rundir.confirm(job.run_dir, asyncio.run(command.check(urls)))
-    object_store.push(job.run_dir, IDENTITY_FILES)
-    make_solver = command.solver_for(urls)
+    make_solver = command.solver_for(_serve(job, command) if job.replays is None else {})
     options = _options(job, held, len(work.items))
     # A driver that wakes up must not write the results that it had in hand when it was stopped.
     log = options.writer("driver", guard=held.check)
@@ -282,6 +293,19 @@ def _run(job: Job, work: planning.Plan, command: Command, held: lease.Lease) -> 
             return asyncio.run(_drive(job, work, make_solver, options, command, log=log, held=held))
     finally:
         ray_cluster.keep_service_logs(job.run_dir, since=started)
+
+
+def _serve(job: Job, command: Command) -> dict[str, str]:
+    """Deploys what is missing and asks it once; the addresses of the services."""
+    needed = services.needed(job.config)
+    services.ensure(job.serve_config, needed, fresh=command.is_fresh, say=command.say)
+    head = ray_cluster.head_address()
+    urls = job.serve_config.urls(head)
+    if needed:
+        asyncio.run(services.wait_for_proxy(job.serve_config.proxy(head)))
+    rundir.confirm(job.run_dir, asyncio.run(command.check(urls)))
+    object_store.push(job.run_dir, IDENTITY_FILES)
+    return urls
 
 
 @contextmanager
@@ -399,6 +423,26 @@ def finish(job: Job, ending: Ending, command: Command) -> None:
         rundir.write_json(command.json_path, figures)
 
 
+def finish_replay(job: Job, recorded: Recording, ending: Ending, command: Command) -> int:
+    """Compare the replay with what it replays, print and write that; the exit code: 1 where they differ."""
+    here = {(task.rollout_key, trial) for task in job.tasks for trial in range(job.config.trials)}
+    keys = {key: row for key, row in recorded.results.items() if key in here}
+    differences = tuple(recorded.differences(job.config, job.identity))
+    old, new = comparison.traces(recorded.run_dir, keys), comparison.traces(job.run_dir, keys)
+    found = comparison.compare(old, new, len(here), differences)
+    code = found.exit_code if ending.stopped_by is None else ending.exit_code
+    command.console.print(comparison.page(found, recorded.run_dir))
+    command.say(f"Accounting: {ending.tally.line()}. Nothing was asked outside or paid.")
+    command.say(f"Run directory: {object_store.place(job.run_dir)}")
+    places = {"run_dir": str(job.run_dir), "replay_of": str(recorded.run_dir)}
+    figures = found.figures() | places | {"exit_code": code}
+    rundir.write_json(job.run_dir / "summary.json", figures)
+    object_store.push(job.run_dir, ["summary.json"])
+    if command.json_path is not None:
+        rundir.write_json(command.json_path, figures)
+    return code
+
+
 def _figures(job: Job, ending: Ending, run: Any) -> dict[str, Any]:
     account = run.accounting
     interval = account.interval
@@ -423,7 +467,8 @@ def _model_calls(run_dir: Path) -> dict[int, int]:
     """Model calls made, by epoch: failed and repeated ones count, replayed ones are no calls."""
     query = f"""
         select epoch, count(*) from events
-        where kind = 'model_call' and not {events.SECOND_OPINION} group by epoch
+        where kind = 'model_call' and not coalesce(is_replayed, false) and not {events.SECOND_OPINION}
+        group by epoch
     """
     with events.connect(run_dir) as log:
         return dict(log.execute(query).fetchall())

@@ -18,12 +18,13 @@ from typing import Any, Protocol
 from ray_app.checkpoint import CheckpointClient, connect
 from ray_app.errors import InfrastructureError, StorageError
 from ray_app.event_writer import EventWriter
-from ray_app.journal import EventSink
+from ray_app.journal import EventSink, Record
 from ray_app.lease import Lease, Unconfirmed
 from ray_app.options import Options
-from ray_app.planning import RUN_AGAIN, Plan, Tally, WorkItem
+from ray_app.planning import RUN_AGAIN, Key, Plan, Tally, WorkItem
 from ray_app.pool import WorkerLost, WorkerPool
 from ray_app.recorded import Recorder
+from ray_app.recording import Readahead
 from ray_app.records import Event, TaskResult
 from ray_app.worker import SolverFactory, is_retryable, unfinished
 
@@ -80,7 +81,7 @@ async def run(
     """
     checkpoint = await connect(options)
     pool = WorkerPool(make_solver, options, checkpoint)
-    attempts = Attempts(pool, Recorder(options.run_dir, options.storage_patience_s), options)
+    attempts = Attempts(pool, _records(work, options), options)
     tally = replace(work.kept, counts=dict(work.kept.counts))
     commits = Commits(options, log, lease, checkpoint, watcher, tally, stop)
     waiting = iter(work.items)
@@ -121,6 +122,20 @@ async def run(
     return tally
 
 
+class Records(Protocol):
+    """Gives the record of a task; `recorded.Recorder` of a run that is resumed."""
+
+    async def before(self, key: Key) -> Record: ...
+
+    async def now(self, key: Key) -> Record: ...
+
+
+def _records(work: Plan, options: Options) -> Records:
+    if options.replays is not None:
+        return Readahead(options.replays, [item.key for item in work.items])
+    return Recorder(options.run_dir, options.storage_patience_s)
+
+
 async def _or_stopped(work: Coroutine[Any, Any, None], stopped: asyncio.Future[Any]) -> None:
     """Waits for `work`, but not when the run is stopped."""
     task = asyncio.ensure_future(work)
@@ -137,7 +152,7 @@ class Attempts:
     """One task after the other attempt, until infrastructure breaks none or too many."""
 
     pool: WorkerPool
-    recorder: Recorder
+    recorder: Records
     options: Options
 
     async def run(self, item: WorkItem) -> TaskResult:

@@ -18,7 +18,8 @@
     │   └── Refusal               content filter, or a request the endpoint calls invalid
     ├── ToolError                 goes back to the model as tool output
     ├── JudgeError                the rollout is kept, the verdict is owed
-    └── LimitReached              turns, wall time, tokens or cost: an outcome of its own
+    ├── LimitReached              turns, wall time, tokens or cost: an outcome of its own
+    └── Diverged                  of a replay: the task asks something that was not recorded
 
 Every class pickles with its message (Ray carries exceptions between processes), and `kind_of`
 names the class of failure in the event log.
@@ -26,15 +27,20 @@ names the class of failure in the event log.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-ErrorKind = Literal["infrastructure", "model", "tool", "judge", "limit", "user"]
+if TYPE_CHECKING:
+    from ray_app.records import ChatReply
+
+ErrorKind = Literal["infrastructure", "model", "tool", "judge", "limit", "user", "replay"]
 
 
 class EvalError(Exception):
     """Base of every error that this system raises on purpose."""
 
     kind: ErrorKind = "infrastructure"
+    # Of a model call that failed although the endpoint answered: what it took is known, and paid for.
+    reply: ChatReply | None = None
 
 
 class UserError(EvalError):
@@ -109,6 +115,31 @@ class LimitReached(EvalError):
     """A budget of the task is used up (turns, wall time, tokens or cost)."""
 
     kind: ErrorKind = "limit"
+
+
+class Diverged(EvalError):
+    """A replayed task asks something that the record does not have; nothing goes out for it."""
+
+    kind: ErrorKind = "replay"
+
+
+_OF_KIND: dict[str, type[EvalError]] = {
+    "infrastructure": InfrastructureError,
+    "model": ModelError,
+    "tool": ToolError,
+    "judge": JudgeError,
+    "limit": LimitReached,
+    "user": UserError,
+    "replay": Diverged,
+}
+
+
+def recorded(kind: str, name: str, message: str) -> EvalError:
+    """The error that an event tells of: the class called `name` here, else the first class of its kind."""
+    named = globals().get(name)
+    if isinstance(named, type) and issubclass(named, EvalError) and named.kind == kind:
+        return named(message)
+    return _OF_KIND.get(kind, InfrastructureError)(message)
 
 
 def kind_of(error: BaseException) -> ErrorKind:

@@ -16,14 +16,21 @@ from typing import Any
 from ray_app import judge, object_store, rundir, services
 from ray_app.agent import Agent
 from ray_app.budgets import in_time
-from ray_app.chat import ChatClient, Router
+from ray_app.chat import ChatClient, ChatRequest, Router
 from ray_app.config import Dataset, RunConfig
 from ray_app.dataset import TaskSet, load_tasks
 from ray_app.driver import Job, check_routes
-from ray_app.errors import ConfigError, EvalError, RunDirError
+from ray_app.errors import (
+    ConfigError,
+    DatasetError,
+    EvalError,
+    InfrastructureError,
+    RunDirError,
+)
 from ray_app.journal import Journal
 from ray_app.prompting import Prompts, load_prompts
-from ray_app.records import ExecutionResult, Task, Verdict
+from ray_app.recording import Recording
+from ray_app.records import ChatReply, ExecutionResult, Retrieval, Task, Verdict, digest
 from ray_app.sample.prepare import prepare
 from ray_app.sandbox import NAMESPACES, SandboxLimits, available_isolation, run_python
 from ray_app.tokens import counter
@@ -79,7 +86,27 @@ def read_job(config: RunConfig, run_dir: Path | None) -> HleJob:
     identity = {"prompt_digest": prompts.digest, "tasks_digest": data.digest}
     asked = None if run_dir is None else object_store.local(run_dir)
     path = rundir.locate(config, identity, asked)
-    return HleJob(config, data, prompts, identity, path, serve_config, _isolation(config))
+    isolation = _isolation(config)
+    return HleJob(config, data, prompts, identity, path, serve_config, isolation=isolation)
+
+
+def read_replay(recording: Recording, config: RunConfig, run_dir: Path | None) -> HleJob:
+    """The replay of a recorded run under `config`, which may differ. Raises UserError with one line."""
+    data, prompts = read_tasks(config.dataset), load_prompts(config.prompts)
+    identity = {"prompt_digest": prompts.digest, "tasks_digest": data.digest}
+    identity |= {"replay_of": recording.name, "code_digest": rundir.code_digest()}
+    name = f"replay-of-{recording.run_dir.name}-{digest([config.digest, identity])[:8]}"
+    config = config.model_copy(update={"run_name": name})
+    path = rundir.locate(config, identity, None if run_dir is None else object_store.local(run_dir))
+    if path == recording.run_dir:
+        raise RunDirError(f"--run-dir {path}: that is the recorded run; a replay needs a folder of its own")
+    known = {rollout for rollout, _ in recording.results}
+    if not any(task.rollout_key in known for task in data.tasks):
+        raise DatasetError(
+            f"dataset {config.dataset.path}: none of its {len(data.tasks)} questions is in the recorded run "
+            "as it was asked; restore the file, or set dataset.path"
+        )
+    return HleJob(config, data, prompts, identity, path, services.ServeConfig(), recording)
 
 
 def _isolation(config: RunConfig) -> tuple[str, ...]:
@@ -160,6 +187,8 @@ class HleSolver:
             try:
                 verdict = await self._ask_judge(task, answer, journal)
             except EvalError as error:
+                if journal.is_over:
+                    raise
                 return Solved(answer.prediction, owed=str(error))
         journal.note(
             "verdict",
@@ -223,7 +252,8 @@ def sandbox_of(config: RunConfig, isolation: tuple[str, ...]) -> Sandbox | None:
 
     async def run(code: str) -> ExecutionResult:
         async with slots:
-            return await run_python(code, limits, isolation)
+            result = await run_python(code, limits, isolation)
+        return replace(result, cost_usd=result.duration_s * config.code.usd_per_s)
 
     return run
 
@@ -245,3 +275,35 @@ class SolverInWorker:
         source = connect(self.config.retriever)
         sandbox = sandbox_of(self.config, self.isolation)
         return make_solver(self.config, self.prompts, router, source, sandbox)
+
+
+class Nothing:
+    """Model client, retriever and sandbox of a replay, in which the journal answers every call."""
+
+    async def complete(self, request: ChatRequest) -> ChatReply:
+        raise self._refusal()
+
+    async def retrieve(self, query: str, *, scope_id: str | None, top_k: int) -> Retrieval:
+        raise self._refusal()
+
+    async def run(self, code: str) -> ExecutionResult:
+        raise self._refusal()
+
+    def _refusal(self) -> InfrastructureError:
+        return InfrastructureError("a replay makes no call: its journal has the record of every one")
+
+
+@dataclass(frozen=True)
+class ReplayInWorker:
+    """The solver factory of a replay: the agent as configured, over nothing."""
+
+    config: RunConfig
+    prompts: Prompts
+
+    def __call__(self) -> HleSolver:
+        nothing = Nothing()
+        # A replay has no time of its own: what the recorded run was limited by is in its record.
+        limits = self.config.limits.model_copy(update={"wall_s": None})
+        config = self.config.model_copy(update={"limits": limits})
+        sandbox = nothing.run if config.code.enabled else None
+        return make_solver(config, self.prompts, nothing, nothing, sandbox)

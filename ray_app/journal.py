@@ -5,6 +5,9 @@ output). So the checkpoint of a task is the list of its completed calls: a resum
 the start, is given each recorded output whose request is still the same, and goes on live where the
 record ends, in mid-turn. What is recorded is only outputs; prompts follow from them.
 
+A replay is the same with a record that is whole (`Record.end`): calls that failed are in it too, and what
+is not in it never goes out.
+
 A call counts as completed when its keeper has it: then it outlives this process (`committer.py`).
 """
 
@@ -13,10 +16,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from ray_app.errors import EvalError, InfrastructureError, kind_of
+from ray_app.errors import Diverged, EvalError, InfrastructureError, kind_of, recorded
 from ray_app.records import (
     ChatReply,
     Event,
@@ -68,13 +71,36 @@ class Keeper(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class RecordedError:
+    """How a call failed, as its event tells."""
+
+    kind: str
+    name: str  # of its class
+    message: str
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether it was stopped from outside: by a time limit, or with its run."""
+        return self.message.startswith("CancelledError:")
+
+    def error(self) -> EvalError:
+        return recorded(self.kind, self.name, self.message)
+
+
+@dataclass(frozen=True, slots=True)
 class RecordedCall:
-    """A completed call from the log: its place, what was asked, and its output."""
+    """A call from the log: its place, what was asked, and its output.
+
+    `label` says what it was, for people. One with an `error` failed; its `body` is then "", or the output
+    that was refused.
+    """
 
     call_seq: int
     request_hash: str
     body: str
     texts: Mapping[str, str] = field(default_factory=dict)
+    label: str = ""
+    error: RecordedError | None = None
 
 
 # (kind, turn, tool) of an event that is no call.
@@ -82,11 +108,23 @@ Note = tuple[str, int, str]
 
 
 @dataclass(frozen=True, slots=True)
+class End:
+    """How a recorded task ended. `by_time`: an end that its calls do not lead to (a time limit, a death)."""
+
+    by_time: RecordedError | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
-    """What the log has of a task: the calls that were completed, and which other events are there."""
+    """What the log has of a task: the calls that were completed, and which other events are there.
+
+    With an `end` it is a whole one, to be replayed: no call goes out beside it.
+    """
 
     calls: Sequence[RecordedCall] = ()
     notes: frozenset[Note] = frozenset()
+    paid_usd: float = 0.0  # for all its calls, those that failed or were made twice too
+    end: End | None = None
 
 
 NOTHING = Record()
@@ -120,20 +158,28 @@ class Journal:
     tool: str = ""
     alias: str = ""
     made: int = 0  # calls completed, replayed ones too; their outputs are in the log, not here
+    # Of the calls that led here, replayed ones too: what the limits of the task count.
     usage: Usage = field(default_factory=Usage)
     cost_usd: float = 0.0
+    # Of every call of the task in any attempt: what its events in the log add up to. A replay pays nothing.
+    paid_usd: float = 0.0
     live_model_calls: int = 0
     replayed: int = 0
     clock: Callable[[], float] = time.time
     timer: Callable[[], float] = time.monotonic
     watch: Watch | None = None
     keeper: Keeper | None = None
+    # Asked before each call, recorded ones too, so that a resume stops where the run did.
+    guard: Callable[[Journal], None] | None = None
     # Set when the attempt was given up: what still runs of it must pay for nothing more.
     is_closed: bool = False
+    # Of a replay: its task came to its recorded end, or asked for more than is recorded.
+    is_over: bool = False
 
     def __post_init__(self) -> None:
         self._known = {(call.call_seq, call.request_hash): call for call in self.record.calls}
-        self.record = Record(notes=self.record.notes)  # each body leaves when it is served
+        self.paid_usd = self.record.paid_usd
+        self.record = replace(self.record, calls=())  # each body leaves when it is served
         self._is_replaying = False
         # What all rows share: a row is made for each call, and `dataclasses.replace` costs ten times as much.
         self._base = {name: getattr(self.base, name) for name in _BASE}
@@ -147,18 +193,23 @@ class Journal:
         *,
         role: Role = "",
         check: Callable[[T], object] | None = None,
+        columns: Mapping[str, Any] | None = None,
         is_awaited: bool = True,
     ) -> T:
         """The recorded output of this call, or `perform()`'s, recorded before it is returned.
 
-        `is_awaited=False`: the record need not outlive this process before the task goes on, since the
-        output costs nothing and can be made again.
-
-        `request` is plain JSON data that decides the output. An output that `check` refuses (by
-        raising) is kept as evidence, counted, and never served again. Errors become events and rise.
+        `request` is plain JSON data that decides the output; `columns`, read when the call has ended, are
+        further ones of its event. An output that `check` refuses (by raising) is kept as evidence, counted,
+        and never served again. Errors become events and rise. `is_awaited=False`: the record need not
+        outlive this process before the task goes on, since the output costs nothing and can be made again.
         """
-        seq, request_hash = self.made, digest([codec.kind, request])
+        if self.guard is not None:
+            self.guard(self)
+        seq, request_hash = self.made, request_digest(codec, request)
         known = self._known.pop((seq, request_hash), None)
+        if self.record.end is not None:
+            row = self._row(codec.kind, call_seq=seq, role=role, request_hash=request_hash, is_replayed=True)
+            return self._replayed(codec, row, known, self.record.end)
         if known is not None:
             self.replayed += 1
             self.made += 1
@@ -172,10 +223,13 @@ class Journal:
             output = await self._watched(row, request, perform)
         except BaseException as error:  # a cancelled call may have been paid for too
             row.duration_s = self.timer() - started
-            self.sink.append(_failed(row, error))
+            _put(row, columns)
+            self.sink.append(self._with_price(_failed(row, error), error))
             raise
         row.duration_s = self.timer() - started
+        _put(row, columns)
         self.live_model_calls += codec.kind == "model_call"
+        self.paid_usd += _price(output)
         self._counted(output)
         try:
             if check is not None:
@@ -189,6 +243,49 @@ class Journal:
             await self.keeper.committed()
             self._check_open()  # refused: the next attempt has not seen this output
         return output
+
+    def _replayed(self, codec: Codec[T], row: Event, known: RecordedCall | None, end: End) -> T:
+        """The recorded output, told of in the log as when it came. Raises the recorded error, or Diverged."""
+        if known is None:
+            raise self._past_the_record(row, end)
+        output = self._counted(codec.decode(known.body, known.texts)) if known.body else None
+        if known.error is not None:
+            row.status, row.error_kind = "error", known.error.error().kind
+            row.error, row.error_type = known.error.message, known.error.name
+        if output is None:
+            self.sink.append(row)
+        else:
+            self._write(codec, row, output)
+        if known.error is not None:
+            self.is_over = known.error.is_cancelled and end.by_time is not None
+            raise (end.by_time if self.is_over and end.by_time else known.error).error()
+        assert output is not None
+        self.replayed += 1
+        self.made += 1
+        return output
+
+    def _past_the_record(self, row: Event, end: End) -> EvalError:
+        """What a call meets that is not recorded: the end that came there by time, or Diverged."""
+        self.is_over = True
+        if end.by_time is not None and not self._recorded_ahead():
+            return end.by_time.error()
+        error = Diverged(self._divergence(row))
+        self.sink.append(_failed(row, error))
+        return error
+
+    def _recorded_ahead(self) -> list[RecordedCall]:
+        return [call for (seq, _), call in self._known.items() if seq >= self.made]
+
+    def _divergence(self, row: Event) -> str:
+        there = [call for call in self._recorded_ahead() if call.call_seq == row.call_seq]
+        label = call_label(row.kind, row.role, row.tool, row.alias)
+        where = f"diverged: turn {row.turn}, call {row.call_seq}, {label}"
+        if not there:
+            return f"{where}: one call more than was recorded"
+        if there[-1].label != label:
+            return f"{where}: recorded was {there[-1].label}"
+        asked = f"{there[-1].request_hash[:8]} recorded, {row.request_hash[:8]} now"
+        return f"{where}: it is asked otherwise than recorded (digest of the request: {asked})"
 
     async def _admitted(self) -> None:
         if self.keeper is not None:
@@ -215,7 +312,8 @@ class Journal:
         """
         duration = 0.0 if started is None else self.timer() - started
         tool = columns.get("tool", self.tool)
-        is_replayed = self._is_replaying and (kind, self.turn, tool) in self.record.notes
+        is_known = self._is_replaying and (kind, self.turn, tool) in self.record.notes
+        is_replayed = is_known or self.record.end is not None
         row = self._row(kind, is_replayed=is_replayed, duration_s=duration, **columns)
         row.t_start -= duration
         self.sink.append(row)
@@ -227,13 +325,20 @@ class Journal:
     def _write(self, codec: Codec[T], row: Event, output: T) -> None:
         body = codec.encode(output, lambda text: self.sink.payload(text, "text"))
         row.payload_hash = self.sink.payload(body)
-        for name, value in codec.columns(output).items():
-            setattr(row, name, value)
+        _put(row, codec.columns(output))
         self.sink.append(row)
 
+    def _with_price(self, row: Event, error: BaseException) -> Event:
+        """The row of a failed call; where the endpoint answered all the same, with what it took."""
+        reply = getattr(error, "reply", None)
+        if isinstance(reply, ChatReply):
+            _put(row, {name: value for name, value in _chat_columns(reply).items() if name != "retries"})
+            self.paid_usd += reply.cost_usd
+            self._counted(reply)
+        return row
+
     def _counted(self, output: T) -> T:
-        if isinstance(output, ChatReply | Retrieval):
-            self.cost_usd += output.cost_usd
+        self.cost_usd += _price(output)
         if isinstance(output, ChatReply):
             self.usage = Usage(
                 self.usage.prompt_tokens + output.usage.prompt_tokens,
@@ -247,9 +352,29 @@ class Journal:
         return self.timer() - self.started
 
 
+def request_digest(codec: Codec[Any], request: Any) -> str:
+    """By which a call is found again in the record of any run: of what is asked, and nothing else."""
+    return digest([codec.kind, request])
+
+
+def call_label(kind: str, role: str, tool: str, alias: str) -> str:
+    """What a call is, in words: `search/search-1 model_call`, `judge model_call`."""
+    return f"{f'{tool}/{alias}' if tool else role} {kind}".strip()
+
+
+def _price(output: object) -> float:
+    return output.cost_usd if isinstance(output, ChatReply | Retrieval | ExecutionResult) else 0.0
+
+
+def _put(row: Event, columns: Mapping[str, Any] | None) -> None:
+    for name, value in (columns or {}).items():
+        setattr(row, name, value)
+
+
 def _failed(row: Event, error: BaseException) -> Event:
     message = str(error) if isinstance(error, EvalError) else f"{type(error).__name__}: {error}"
     row.status, row.error_kind, row.error = "error", kind_of(error), message[:2000]
+    row.error_type = type(error).__name__
     row.retries = getattr(error, "retries", 0)
     return row
 
@@ -312,6 +437,7 @@ def _retrieval_columns(found: Retrieval) -> dict[str, Any]:
         "search_backend": "tavily_fallback" if web else "local_only",
         "local_hits": len(found.hits) - web,
         "web_hits": web,
+        "web_calls": found.web_calls,
         "cost_usd": found.cost_usd,
         "detail": found.web_error,
     }
@@ -327,7 +453,8 @@ def _decode_run(body: str, texts: Mapping[str, str]) -> ExecutionResult:
 
 
 def _run_columns(result: ExecutionResult) -> dict[str, Any]:
-    return {"exit_status": result.exit_status, "detail": ",".join(result.isolation)}
+    isolation = ",".join(result.isolation)
+    return {"exit_status": result.exit_status, "cost_usd": result.cost_usd, "detail": isolation}
 
 
 CHAT: Codec[ChatReply] = Codec("model_call", _encode_chat, _decode_chat, _chat_columns)

@@ -104,7 +104,7 @@ def read_pass(
     serve_config = services.read_serve_config(config.services if is_served else None)
     data = read_tasks(config.dataset)
     identity = {"prompt_digest": texts.digest, "tasks_digest": data.digest}
-    job = HleJob(config, data, texts, identity, run_dir.resolve(), serve_config, ())
+    job = HleJob(config, data, texts, identity, run_dir.resolve(), serve_config)
     return JudgePass(job, label or _label(job, own), own)
 
 

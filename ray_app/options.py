@@ -33,6 +33,7 @@ class Options:
     worker_lease_s: float = 60.0
     # Storage that fails is waited for; then what needs it fails.
     storage_patience_s: float = 120.0
+    replays: Path | None = None  # the run whose record answers all calls; none goes out then
     url: str = ""  # of the object store that `run_dir` mirrors; other nodes have mirrors of their own
 
     def here(self) -> Options:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ray_app import events, object_store, planning, services
 from ray_app.chat import Router, cost
+from ray_app.config import BaseRun
 from ray_app.driver import Job
 from ray_app.records import Usage
 
@@ -58,6 +59,8 @@ def show(job: Job, work: planning.Plan, console: Console) -> bool:
         f"Expected: about {estimate.calls:,.0f} model calls, ${estimate.cost_usd:,.2f} ({estimate.basis})",
         highlight=False,
     )
+    for line in caveats(job.config):
+        console.print(line, style="yellow", markup=False, soft_wrap=True, highlight=False)
     problems = [
         f"{row.name}: {row.problem}" for row in rows if row.problem and not row.problem.startswith("(")
     ]
@@ -65,6 +68,21 @@ def show(job: Job, work: planning.Plan, console: Console) -> bool:
         console.print(f"missing: {problem}", style="red", markup=False, soft_wrap=True, highlight=False)
     console.print("Nothing was started or paid.", highlight=False)
     return not problems
+
+
+def caveats(config: BaseRun) -> list[str]:
+    """What the plan's figures leave out, a line each."""
+    lines = []
+    if unpriced := config.unpriced():
+        lines.append(
+            f"unpriced: {', '.join(unpriced)}; calls count as $0.00 (set models.*.price, 0 where it is free)"
+        )
+    if estimated := config.estimated():
+        lines.append(
+            f"tokens estimated: {', '.join(estimated)} (tokenizer: words), so a quarter of the context stays "
+            "free; name a tokenizer.json or a hub id where there is one"
+        )
+    return lines
 
 
 def _outcomes(run_dir: Path) -> Mapping[str, int]:
@@ -93,7 +111,7 @@ def _so_far(run_dir: Path) -> tuple[int, int, float]:
     query = f"""
         select (select count(*) from results), count(*) filter (kind = 'model_call'),
                coalesce(sum(cost_usd), 0)
-        from events where kind in ('model_call', 'retrieval') and not {events.SECOND_OPINION}
+        from events where kind in ('model_call', 'retrieval', 'code') and not {events.SECOND_OPINION}
     """
     with events.connect(run_dir) as log:
         finished, calls, spent = log.execute(query).fetchall()[0]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,13 @@ from ray_app.errors import StorageError
 from ray_app.journal import Note, Record, RecordedCall, named_texts
 from ray_app.planning import Key
 
-# `tool_call`: of an environment (with a payload); as a note (without one) it is no call.
+# `tool_call`: of an environment; as a note, without a place among the calls, it is none.
 CALL_KINDS = ("model_call", "retrieval", "code", "tool_call")
-COMPLETED = {"kind": CALL_KINDS, "status": {"ok"}}
 RETRY_S = 0.5
 NOTE_KINDS = ("turn", "tool_call", "verdict")
 _COLUMNS = (
     *("kind", "status", "rollout_key", "trial", "attempt", "epoch", "turn", "tool"),
-    *("call_seq", "request_hash", "payload_hash", "role", "alias"),
+    *("call_seq", "request_hash", "payload_hash", "role", "alias", "cost_usd"),
 )
 
 
@@ -76,12 +75,12 @@ class Recorder:
 
 
 def touched(run_dir: Path) -> set[Key]:
-    """The tasks of which the log has completed calls."""
+    """The tasks of which the log has calls."""
     if not (run_dir / "log").exists():
         return set()
     return {
         (row["rollout_key"], row["trial"])
-        for batch in events.read(run_dir, ["rollout_key", "trial"], where=COMPLETED)
+        for batch in events.read(run_dir, ["rollout_key", "trial"], where={"kind": CALL_KINDS})
         for row in batch.to_pylist()
     }
 
@@ -94,41 +93,49 @@ def records(run_dir: Path, keys: Collection[Key]) -> dict[Key, Record]:
         row
         for batch in events.read(run_dir, _COLUMNS, where=where)
         for row in batch.to_pylist()
-        if (row["rollout_key"], row["trial"]) in wanted and not _is_second_opinion(row)
+        if (row["rollout_key"], row["trial"]) in wanted and not is_second_opinion(row)
     ]
-    calls = [
-        row for row in rows if row["kind"] in CALL_KINDS and row["call_seq"] >= 0 and row["status"] == "ok"
-    ]
+    calls = [row for row in rows if is_call(row) and row["status"] == "ok"]
     # Where two attempts made the same call, what follows it in the log followed the later one's output.
     calls.sort(key=lambda row: (row["call_seq"], row["epoch"], row["attempt"]))
     found: dict[Key, list[RecordedCall]] = {}
-    for key, call in _with_bodies(run_dir, calls):
-        found.setdefault(key, []).append(call)
+    for row, body, texts in with_bodies(run_dir, calls):
+        if body is not None:  # else its payload was lost with its process: the call is made again
+            call = RecordedCall(row["call_seq"], row["request_hash"], body, texts)
+            found.setdefault((row["rollout_key"], row["trial"]), []).append(call)
     notes: dict[Key, set[Note]] = {}
     for row in rows:
         if row["kind"] in NOTE_KINDS:
             note = (row["kind"], row["turn"], row["tool"])
             notes.setdefault((row["rollout_key"], row["trial"]), set()).add(note)
-    return {key: Record(tuple(calls), frozenset(notes.get(key, ()))) for key, calls in found.items()}
+    paid: dict[Key, float] = {}
+    for row in rows:
+        if is_call(row):
+            key = row["rollout_key"], row["trial"]
+            paid[key] = paid.get(key, 0.0) + (row["cost_usd"] or 0.0)
+    return {key: Record(tuple(found.get(key, ())), frozenset(notes.get(key, ())), paid[key]) for key in paid}
 
 
-def _is_second_opinion(row: Mapping[str, Any]) -> bool:
+def is_call(row: Mapping[str, Any]) -> bool:
+    """Whether the row is of a call, and not a note about several."""
+    return row["kind"] in CALL_KINDS and row["call_seq"] >= 0
+
+
+def is_second_opinion(row: Mapping[str, Any]) -> bool:
     return row["role"] == "judge" and bool(row["alias"])
 
 
-def _with_bodies(run_dir: Path, rows: list[dict[str, Any]]) -> list[tuple[Key, RecordedCall]]:
-    bodies = events.read_payloads(run_dir, {row["payload_hash"] for row in rows})
+def with_bodies(
+    run_dir: Path, rows: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[Mapping[str, Any], str | None, dict[str, str]]]:
+    """Each row of a call with its payload and the texts beside it; None where one of them is not stored."""
+    bodies = events.read_payloads(run_dir, {row["payload_hash"] for row in rows} - {"", None})
     named = {row["payload_hash"]: _texts(row, bodies) for row in rows if row["kind"] == "retrieval"}
     texts = events.read_payloads(run_dir, {text for each in named.values() for text in each})
-    found = []
     for row in rows:
-        body = bodies.get(row["payload_hash"])
         own = named.get(row["payload_hash"], set())
-        if body is None or not own <= texts.keys():
-            continue  # its payload was lost with its process: the call is made again
-        call = RecordedCall(row["call_seq"], row["request_hash"], body, {name: texts[name] for name in own})
-        found.append(((row["rollout_key"], row["trial"]), call))
-    return found
+        body = bodies.get(row["payload_hash"]) if own <= texts.keys() else None
+        yield row, body, {name: texts[name] for name in own if name in texts}
 
 
 def _texts(row: Mapping[str, Any], bodies: Mapping[str, str]) -> set[str]:

@@ -21,6 +21,7 @@ EventKind = Literal[
     "attempt",
     "turn",
     "model_call",
+    "overflow",
     "tool_call",
     "retrieval",
     "code",
@@ -140,7 +141,7 @@ class Retrieval:
 
 @dataclass(frozen=True, slots=True)
 class ExecutionResult:
-    """What a sandboxed program did. `isolation` names the layers that really held."""
+    """What a sandboxed program did and cost. `isolation` names the layers that really held."""
 
     stdout: str
     stderr: str
@@ -148,6 +149,7 @@ class ExecutionResult:
     is_timed_out: bool
     duration_s: float
     isolation: tuple[str, ...] = ()
+    cost_usd: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,10 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """How one attempt at a task ended. Only a result that the driver committed counts."""
+    """How one attempt at a task ended. Only a result that the driver committed counts.
+
+    `cost_usd` is what all calls of the task have cost in any attempt; `usage` is of those that led here.
+    """
 
     task_id: str
     rollout_key: str
@@ -195,7 +200,9 @@ class Event:
 
     `t_start` is wall time (Unix seconds), `*_s` are monotonic spans.
     `payload_hash` points into the payload table; `request_hash` is the digest of what was asked, so
-    that a replay can tell whether a recorded reply still answers the same request.
+    that a replay can tell whether a recorded reply still answers the same request. `context_tokens` is the
+    gathered text in a prompt, `context_cut` what had no room; an `overflow` is a prompt that the endpoint
+    called too long, after which a shorter one went out within the same call.
     """
 
     kind: EventKind
@@ -241,3 +248,7 @@ class Event:
     payload_hash: str = ""
     detail: str = ""
     worker: str = ""
+    web_calls: int | None = None
+    context_tokens: int | None = None
+    context_cut: int | None = None
+    error_type: str | None = None  # the class behind `error`, which `error_kind` only groups

@@ -180,6 +180,7 @@ def unfinished(item: WorkItem, journal: Journal | None = None) -> TaskResult:
         outcome="failed",
         category=task.category,
         answer_type=task.answer_type,
+        cost_usd=item.record.paid_usd,
     )
     if journal is None:
         return result
@@ -189,7 +190,7 @@ def unfinished(item: WorkItem, journal: Journal | None = None) -> TaskResult:
         model_calls=journal.live_model_calls,
         replayed_calls=journal.replayed,
         usage=journal.usage,
-        cost_usd=journal.cost_usd,
+        cost_usd=journal.paid_usd,
         duration_s=journal.elapsed_s,
     )
 

@@ -1,17 +1,19 @@
 """What a task has gathered, and how much of it a prompt carries.
 
 Text is cut from the front: the earliest, lowest-ranked documents go first and code is last and
-safest. Cuts are counted in the called model's own tokens and never touch the question.
+safest. Cuts are counted in the called model's own tokens and never touch the question. Documents and
+program runs are counted one by one, so that what has not changed since the last turn is not counted again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ray_app.config import ContextBudget
 from ray_app.records import ExecutionResult, Hit
-from ray_app.tokens import TokenCounter, count, tail
+from ray_app.tokens import TokenCounter, tail
 
 FENCE = "```"
 DOCUMENTS_HEADING = "Documents:\n\n"
@@ -52,52 +54,93 @@ class Workspace:
         self.documents.extend(reversed(fresh))
         return len(fresh)
 
-    def documents_text(self, document_chars: int | None) -> str:
-        return "".join(
-            f"Doc {n}: {_head(text, document_chars)}\n\n" for n, text in enumerate(self.documents, 1)
-        )
+    def document_texts(self, document_chars: int | None) -> list[str]:
+        return [f"Doc {n}: {_head(text, document_chars)}\n\n" for n, text in enumerate(self.documents, 1)]
 
-    def code_text(self) -> str:
-        return "".join(
+    def run_texts(self) -> list[str]:
+        return [
             f"{FENCE}python\n{run.code}\n{FENCE}\n\n{FENCE}output\n{run.output}\n{FENCE}\n\n"
             for run in self.runs
-        )
+        ]
 
 
 def _head(text: str, limit: int | None) -> str:
     return text if limit is None or len(text) <= limit else text[:limit] + " ..."
 
 
-def orchestrator_context(space: Workspace, question: str, budget: ContextBudget, tokens: TokenCounter) -> str:
-    """Documents then code inside `context_tokens` less the question; code alone where both cannot fit."""
-    room = budget.context_tokens - count(question, tokens)
-    code = space.code_text()
-    kept = _cut_code(code, min(budget.code_tokens, room), tokens)
-    if code and count(CODE_HEADING + code, tokens) >= room:
-        return kept
-    heading = CODE_HEADING if kept else ""
-    return _with_documents(space, heading + kept, room, budget, tokens)
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a prompt carries of a workspace: its text and tokens, and the tokens that had no room."""
+
+    text: str = ""
+    tokens: int = 0
+    cut: int = 0
 
 
-def expert_context(space: Workspace, question: str, budget: ContextBudget, tokens: TokenCounter) -> str:
-    """Documents then code inside `context_tokens` less the question, code inside `code_tokens`."""
-    room = budget.context_tokens - count(question, tokens)
-    kept = _cut_code(space.code_text(), min(budget.code_tokens, room), tokens)
-    return _with_documents(space, kept, room, budget, tokens)
+class _End(NamedTuple):
+    text: str
+    tokens: int
 
 
-def _with_documents(
-    space: Workspace, code: str, room: int, budget: ContextBudget, tokens: TokenCounter
-) -> str:
-    left = room - count(code, tokens) - count(DOCUMENTS_HEADING, tokens)
-    documents = tail(space.documents_text(budget.document_chars), left, tokens)
-    return (DOCUMENTS_HEADING + documents if documents else "") + code
+def orchestrator_context(space: Workspace, room: int, budget: ContextBudget, tokens: TokenCounter) -> Context:
+    """Documents then code inside `room` tokens; code alone where both cannot fit."""
+    runs = space.run_texts()
+    code = _cut_code(runs, min(budget.code_tokens, room), tokens)
+    documents = space.document_texts(budget.document_chars)
+    heading = CODE_HEADING if code.text else ""
+    if runs and tokens.count(CODE_HEADING) + _size(runs, tokens) >= room:
+        return _context("", _End("", 0), code, [*documents, *runs], tokens)
+    kept = _cut_documents(documents, room - tokens.count(heading) - code.tokens, tokens)
+    return _context(heading, kept, code, [*documents, *runs], tokens)
 
 
-def _cut_code(text: str, limit: int, tokens: TokenCounter) -> str:
-    """The end of the code section; a cut inside a block gets its opening fence back."""
-    kept = tail(text, limit, tokens)
-    if not kept or len(kept) == len(text) or kept.startswith(FENCE):
+def expert_context(space: Workspace, room: int, budget: ContextBudget, tokens: TokenCounter) -> Context:
+    """Documents then code inside `room` tokens, code inside `code_tokens`."""
+    runs = space.run_texts()
+    code = _cut_code(runs, min(budget.code_tokens, room), tokens)
+    documents = space.document_texts(budget.document_chars)
+    return _context(
+        "", _cut_documents(documents, room - code.tokens, tokens), code, [*documents, *runs], tokens
+    )
+
+
+def _context(heading: str, documents: _End, code: _End, gathered: list[str], tokens: TokenCounter) -> Context:
+    used = documents.tokens + tokens.count(heading) + code.tokens
+    kept = documents.tokens - (tokens.count(DOCUMENTS_HEADING) if documents.text else 0) + code.tokens
+    return Context(documents.text + heading + code.text, used, max(0, _size(gathered, tokens) - kept))
+
+
+def _size(pieces: list[str], tokens: TokenCounter) -> int:
+    return sum(tokens.count(piece) for piece in pieces)
+
+
+def _cut_documents(pieces: list[str], limit: int, tokens: TokenCounter) -> _End:
+    """The end of the documents under their heading, both within `limit`."""
+    heading = tokens.count(DOCUMENTS_HEADING)
+    kept = _end(pieces, limit - heading, tokens)
+    return _End(DOCUMENTS_HEADING + kept.text, heading + kept.tokens) if kept.text else kept
+
+
+def _cut_code(pieces: list[str], limit: int, tokens: TokenCounter) -> _End:
+    """The end of the program runs; a cut inside a block gets its opening fence back."""
+    kept = _end(pieces, limit, tokens)
+    if not kept.text or kept.text.startswith(FENCE):
         return kept
     opening = f"{FENCE}\n"
-    return opening + tail(text, limit - count(opening, tokens), tokens)
+    kept = _end(pieces, limit - tokens.count(opening), tokens)
+    return _End(opening + kept.text, tokens.count(opening) + kept.tokens) if kept.text else kept
+
+
+def _end(pieces: list[str], limit: int, tokens: TokenCounter) -> _End:
+    """The longest end of the joined pieces within `limit` tokens; the piece at the cut is cut inside."""
+    kept, left = [], max(0, limit)
+    for piece in reversed(pieces):
+        size = tokens.count(piece)
+        if size > left:
+            part = tail(piece, left, tokens)
+            kept.append(part)
+            left -= tokens.count(part)
+            break
+        kept.append(piece)
+        left -= size
+    return _End("".join(reversed(kept)), max(0, limit) - left)

@@ -61,6 +61,10 @@ FULL = Event(
     payload_hash="p",
     detail="d",
     worker="w",
+    web_calls=13,
+    context_tokens=14,
+    context_cut=15,
+    error_type="ContextOverflow",
 )
 
 

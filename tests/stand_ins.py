@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ray_app.chat import ChatRequest
 from ray_app.config import RunConfig
-from ray_app.journal import NOTHING, Journal, Record, RecordedCall
+from ray_app.journal import NOTHING, Journal, Record, RecordedCall, call_label
 from ray_app.records import ChatReply, Event, Hit, Retrieval, Task, ToolCall, Usage
 
 Script = Callable[[ChatRequest], ChatReply | Exception]
@@ -78,12 +78,14 @@ class MemoryLog:
         """What a resume finds of a task that died in the call after its first `calls` completed ones."""
         at = [n for n, event in enumerate(self.events) if event.call_seq >= 0 and event.status == "ok"]
         seen = self.events[: at[calls]] if calls < len(at) else self.events
-        recorded = [
-            RecordedCall(event.call_seq, event.request_hash, self.bodies[event.payload_hash], self.bodies)
-            for event in (self.events[n] for n in at[:calls])
-        ]
+        recorded = [self._recorded(self.events[n]) for n in at[:calls]]
         notes = {(event.kind, event.turn, event.tool) for event in seen if event.call_seq < 0}
         return Record(tuple(recorded), frozenset(notes))
+
+    def _recorded(self, event: Event) -> RecordedCall:
+        label = call_label(event.kind, event.role, event.tool, event.alias)
+        body = self.bodies[event.payload_hash]
+        return RecordedCall(event.call_seq, event.request_hash, body, self.bodies, label)
 
 
 def journal(task: Task, log: MemoryLog, record: Record = NOTHING) -> Journal:

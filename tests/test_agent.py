@@ -137,6 +137,31 @@ async def test_a_budget_that_is_used_up_ends_the_task_as_limited(
         await solver(model, settings).solve(TASK, journal(TASK, MemoryLog()))
 
 
+async def test_a_spending_limit_stops_a_turn_in_its_middle() -> None:
+    def script(request: ChatRequest) -> ChatReply:
+        return ChatReply("", chooses("search", "search-1").tool_calls, cost_usd=0.01)
+
+    model, log = ScriptedModel(script), MemoryLog()
+    own, settings = journal(TASK, log), config(limits={"cost_usd": 0.01})
+    with pytest.raises(LimitReached, match=r"\$0\.0100 spent"):
+        await solver(model, settings).solve(TASK, own)
+    assert len(model.asked) == 1
+    # A resume stops at the same call, and the judge is never stopped.
+    with pytest.raises(LimitReached):
+        await solver(model, settings).solve(TASK, journal(TASK, MemoryLog(), log.record()))
+    assert len(model.asked) == 1 and own.guard is None
+
+
+async def test_an_aliass_price_is_told_as_it_was_though_the_bill_is_mended() -> None:
+    priced = {"m": {"endpoints": [{"base_url": "http://127.0.0.1:9/v1"}]}}
+    told = {"answer": {"answer-1": {"model": "m", "told_price": {"input": 7, "output": 8}}}}
+    for tools, expected in ((told, "$7 in, $8 out"), ({"answer": {"answer-1": {"model": "m"}}}, "answer-1.")):
+        settings = config(models=priced, tools=tools)
+        tool = schema(solver(orchestrates(), settings).agent.tools[-1], settings.models)
+        text = tool["function"]["parameters"]["properties"]["model"]["description"]
+        assert expected in text and ("$" in text) == (expected[0] == "$")
+
+
 class Slow(ScriptedModel):
     async def complete(self, request: ChatRequest) -> ChatReply:
         import asyncio

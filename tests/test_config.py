@@ -3,8 +3,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ray_app.config import differing_keys, load
+from ray_app.chat import cost
+from ray_app.config import Price, RunConfig, differing_keys, load
 from ray_app.errors import ConfigError
+from ray_app.preview import caveats
+from ray_app.records import Usage
 
 SAMPLE = Path(__file__).parent.parent / "configs" / "hle_sample.yaml"
 
@@ -91,15 +94,48 @@ def test_the_full_config_holds_the_alias_map_of_the_paper_and_names_every_key() 
     assert aliases["answer-math-2"] == "qwen2.5-math-7b" and aliases["search-3"] == "qwen3-32b"
     assert config.key_names() == ["NEBIUS_API_KEY", "OPENAI_API_KEY", "TOGETHER_API_KEY"]
     assert (config.concurrency, config.limits.max_rounds) == (512, 50)
-    assert config.models["gpt-5"].price.input == 1.25
 
 
-def test_an_anchor_budget_in_use_is_cut_to_what_the_model_can_read() -> None:
-    from ray_app.tools.base import INSTRUCTION_TOKENS, Caller
-    from tests.stand_ins import ScriptedModel, says
-
+def test_the_shipped_prices_are_dollars_per_million_tokens() -> None:
     config = load(SAMPLE.parent / "hle_full.yaml", environ={})
-    alias = config.tools["answer"]["answer-math-1"]
-    caller = Caller(ScriptedModel(lambda request: says("")), config.models)
-    budget = caller.budget(alias.model, alias.budget, alias.sampling)
-    assert budget.context_tokens == 4096 - 2000 - INSTRUCTION_TOKENS
+    prices = {name: config.models[name].price for name in ("gpt-5", "gpt-5-mini")}
+    assert prices == {
+        "gpt-5": Price(input=1.25, output=10, cached_input=0.125),
+        "gpt-5-mini": Price(input=0.25, output=2, cached_input=0.025),
+    }
+    # 120,000 tokens in, 100,000 of them cached, and 16,384 out.
+    usage = Usage(120_000, 16_384, cached_tokens=100_000)
+    assert cost(usage, config.models["gpt-5"]) == pytest.approx(0.025 + 0.0125 + 0.16384)
+    assert cost(usage, config.models["gpt-5-mini"]) == pytest.approx(0.005 + 0.0025 + 0.032768)
+    assert cost(Usage(1_000_000, 0), config.models["gpt-5"]) == pytest.approx(1.25)
+    assert config.code.usd_per_s * 3600 == pytest.approx(0.02988)  # an hour of an interpreter: three cents
+    assert (config.unpriced(), config.estimated()) == ([], [])
+
+
+def full(*changes: str) -> RunConfig:
+    return load(SAMPLE.parent / "hle_full.yaml", changes, {})
+
+
+def test_a_price_may_be_mended_in_mid_run_but_not_what_the_orchestrator_was_told() -> None:
+    base = full()
+    assert full("models.orchestrator-8b.price.output=9", "code.usd_per_s=1").digest == base.digest
+    assert full("models.gpt-5.price.cached_input=0.5").digest == base.digest
+    mended = full("models.gpt-5.price.input=1.5")
+    told = "tools.{}.{}.told_price.input"
+    differing = [told.format(*place) for place in TOLD_OF_GPT_5]
+    assert differing_keys(base.measured(), mended.measured()) == differing
+    kept = [f"{key.removesuffix('.input')}={{input: 1.25, output: 10}}" for key in differing]
+    assert full("models.gpt-5.price.input=1.5", *kept).digest == base.digest
+
+
+TOLD_OF_GPT_5 = [("answer", "answer-1"), ("enhance_reasoning", "reasoner-1"), ("search", "search-1")]
+
+
+def test_a_model_without_a_price_is_named_and_takes_no_spending_limit(tmp_path: Path) -> None:
+    path = written(tmp_path, models={"baseline": {"endpoints": [{"service": "baseline"}]}})
+    config = load(path, environ={})
+    assert config.unpriced() == ["baseline"] and cost(Usage(10**6, 10**6), config.models["baseline"]) == 0
+    assert [line.split(":")[0] for line in caveats(config)] == ["unpriced", "tokens estimated"]
+    with pytest.raises(ConfigError, match=r"limits.cost_usd: models.baseline has no price"):
+        load(path, ["limits.cost_usd=1"], {})
+    assert load(SAMPLE, ["limits.cost_usd=1"], {}).unpriced() == []

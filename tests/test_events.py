@@ -23,6 +23,7 @@ from tests.event_logs import FULL, make_writer, names, read_numbers, read_rows, 
 OPTIONAL = {
     *(
         "error_kind",
+        "error_type",
         "queue_s",
         "prefill_s",
         "decode_s",
@@ -31,6 +32,7 @@ OPTIONAL = {
         "completion_tokens",
     ),
     *("cost_usd", "local_hits", "web_hits", "exit_status", "outcome", "is_correct", "confidence"),
+    *("web_calls", "context_tokens", "context_cut"),
 }
 
 

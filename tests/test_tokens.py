@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ray_app.errors import ConfigError
-from ray_app.tokens import ModelTokens, WordTokens, count, counter, tail
+from ray_app.tokens import ModelTokens, WordTokens, counter, tail
 
 
 @pytest.fixture
@@ -21,15 +21,15 @@ def byte_tokens(tmp_path: pytest.TempPathFactory) -> ModelTokens:
 def test_a_cut_never_corrupts_a_character_and_never_exceeds_the_limit(byte_tokens: ModelTokens) -> None:
     rng = random.Random(3)
     text = "".join(rng.choice("aé∑🙂 \n€x") for _ in range(200))
-    total = count(text, byte_tokens)
+    total = byte_tokens.count(text)
     for limit in range(0, total + 5):
         kept = tail(text, limit, byte_tokens)
         assert text.endswith(kept)
         assert "\ufffd" not in kept
-        assert count(kept, byte_tokens) <= limit
+        assert byte_tokens.count(kept) <= limit
         # Token-exact: one more character in front would not have fitted.
         if kept != text:
-            assert count(text[len(text) - len(kept) - 1 :], byte_tokens) > limit
+            assert byte_tokens.count(text[len(text) - len(kept) - 1 :]) > limit
 
 
 @pytest.mark.parametrize("limit", [0, -5])
@@ -46,3 +46,7 @@ def test_an_unknown_tokenizer_is_named(tmp_path: pytest.TempPathFactory) -> None
     (tmp_path / "tokenizer.json").write_text("{}")  # type: ignore[operator]
     with pytest.raises(ConfigError, match="tokenizer"):
         counter(str(tmp_path))
+
+
+def test_a_script_without_spaces_is_not_one_token() -> None:
+    assert WordTokens().count("\u673a\u5668 learns, caf\u00e9 3\u00d74") == 8

@@ -5,13 +5,30 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from ray_app.baseline.faults import Fault
 from ray_app.baseline.rules import BaselineReply
+from ray_app.records import ToolCall, Usage
 
 PIECE_CHARS = 32
 CREATED = 0  # a fixed time stamp keeps replies to equal requests equal
+
+
+class Reply(Protocol):
+    """What a chat completion is made of; `records.ChatReply` is one too."""
+
+    @property
+    def content(self) -> str: ...
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]: ...
+
+    @property
+    def finish_reason(self) -> str: ...
+
+    @property
+    def usage(self) -> Usage: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +49,7 @@ def damaged(reply: BaselineReply, fault: Fault | None) -> BaselineReply:
     return reply
 
 
-def completion(reply: BaselineReply, envelope: Envelope) -> dict[str, Any]:
+def completion(reply: Reply, envelope: Envelope) -> dict[str, Any]:
     """The body of a reply that is not streamed."""
     message: dict[str, Any] = {"role": "assistant", "content": reply.content or None}
     if reply.tool_calls:
@@ -43,7 +60,7 @@ def completion(reply: BaselineReply, envelope: Envelope) -> dict[str, Any]:
     return {**_head(envelope, "chat.completion"), "choices": [choice], "usage": usage(reply)}
 
 
-def chunks(reply: BaselineReply, envelope: Envelope, *, with_usage: bool) -> Iterator[dict[str, Any]]:
+def chunks(reply: Reply, envelope: Envelope, *, with_usage: bool) -> Iterator[dict[str, Any]]:
     """The bodies of a streamed reply: role, pieces, finish reason, and the usage where it was asked for."""
     deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
     deltas += [{"content": piece} for piece in _pieces(reply.content)]
@@ -64,17 +81,19 @@ def event(body: dict[str, Any]) -> str:
 DONE = "data: [DONE]\n\n"
 
 
-def usage(reply: BaselineReply) -> dict[str, int]:
+def usage(reply: Reply) -> dict[str, Any]:
     counted = reply.usage
+    cached = {"prompt_tokens_details": {"cached_tokens": counted.cached_tokens}}
     return {
         "prompt_tokens": counted.prompt_tokens,
         "completion_tokens": counted.completion_tokens,
         "total_tokens": counted.prompt_tokens + counted.completion_tokens,
+        **(cached if counted.cached_tokens else {}),
     }
 
 
-def models(names: Sequence[str]) -> dict[str, Any]:
-    data = [{"id": name, "object": "model", "created": CREATED, "owned_by": "baseline"} for name in names]
+def models(names: Sequence[str], owner: str = "baseline") -> dict[str, Any]:
+    data = [{"id": name, "object": "model", "created": CREATED, "owned_by": owner} for name in names]
     return {"object": "list", "data": data}
 
 
@@ -92,14 +111,14 @@ def _chunk(envelope: Envelope, delta: dict[str, Any], finish: str | None) -> dic
     return {**_head(envelope, "chat.completion.chunk"), "choices": [choice]}
 
 
-def _calls(reply: BaselineReply) -> list[dict[str, Any]]:
+def _calls(reply: Reply) -> list[dict[str, Any]]:
     return [
         {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
         for call in reply.tool_calls
     ]
 
 
-def _call_parts(reply: BaselineReply) -> Iterator[dict[str, Any]]:
+def _call_parts(reply: Reply) -> Iterator[dict[str, Any]]:
     """Per call its name first, then its arguments in pieces."""
     for index, call in enumerate(reply.tool_calls):
         function = {"name": call.name, "arguments": ""}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -69,6 +69,9 @@ class Tau2Config(BaseRun):
 
     def retriever_used(self) -> Retriever | None:
         return self.retriever
+
+    def measured(self) -> dict[str, Any]:
+        return {**super().measured(), "experts": self.told(self.experts)}
 
 
 def trial_seed(seed: int | None, trial: int) -> int | None:

@@ -46,7 +46,10 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """An answer of the environment as it is recorded, with the state that it left."""
+    """An answer of the environment as it is recorded.
+
+    `state_hash` is of the state after the last tool that may change it, "" where there was none.
+    """
 
     text: str
     is_error: bool
@@ -91,7 +94,6 @@ class Dialogue:
 
     async def run(self, domain: str) -> Simulation:
         """The simulation, from its task's first message to its end."""
-        self.state = self.environment.state_hash()
         await self._begin()
         while self.reason is None:
             await self._step()

@@ -10,12 +10,13 @@ import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 from ray_app import object_store, rundir, services
-from ray_app.budgets import in_time
+from ray_app.budgets import check_spent, in_time
 from ray_app.chat import ChatClient, Router
 from ray_app.config import Retriever, Sampling
 from ray_app.dataset import TaskSet
@@ -93,7 +94,7 @@ def read_job(config: Tau2Config, run_dir: Path | None) -> Tau2Job:
     }
     asked = None if run_dir is None else object_store.local(run_dir)
     path = rundir.locate(config, identity, asked)
-    return Tau2Job(config, data, prompts, identity, path, serve_config, folder)
+    return Tau2Job(config, data, prompts, identity, path, serve_config, data_folder=folder)
 
 
 def load_domains(config: Tau2Config, prompts: Prompts, folder: str | None) -> dict[str, Domain]:
@@ -171,11 +172,16 @@ class Tau2Solver:
         """Raises LimitReached for a dialogue that a limit ended: the reward of such a one is 0."""
         spec, domain = spec_of(task), self.domains[task.category]
         dialogue = await self._dialogue(spec, domain, journal)
+        journal.guard = partial(
+            check_spent, self.config.limits
+        )  # of the dialogue; the judge is no part of it
         try:
             simulation = await in_time(dialogue.run(domain.name), self.config.limits, "end")
         except LimitReached:
             await self._score(domain, spec, dialogue.so_far(domain.name, "timeout"), journal)
             raise
+        finally:
+            journal.guard = None
         try:
             reward = await self._score(domain, spec, simulation, journal)
         except EvalError as error:
@@ -220,7 +226,6 @@ class Tau2Solver:
             caller=self.caller,
             journal=journal,
             prompts=self.prompts,
-            limits=config.limits,
             experts=config.experts,
             expert_system=system,
             is_solo=config.solo,
@@ -239,7 +244,6 @@ class Tau2Solver:
             caller=self.caller,
             journal=journal,
             prompts=self.prompts,
-            limits=self.config.limits,
         )
 
     async def _score(

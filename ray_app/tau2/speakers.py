@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ray_app import extract
-from ray_app.budgets import check_spent
-from ray_app.config import Alias, Sampling, TaskLimits
+from ray_app.config import Alias, Sampling
 from ray_app.errors import EvalError, kind_of
 from ray_app.journal import Journal
 from ray_app.prompting import Prompts
@@ -44,7 +43,6 @@ class ModelSpeaker:
     caller: Caller
     journal: Journal
     prompts: Prompts
-    limits: TaskLimits
     experts: Mapping[str, Alias] = field(default_factory=dict)
     expert_system: str = ""  # the experts' own, which tells of no further expert
     is_solo: bool = False
@@ -109,7 +107,6 @@ class ModelSpeaker:
             self._check(reply, may_ask_expert=CALL_EXPERT in names)
 
         for tries in range(MAX_REPLIES):
-            check_spent(self.limits, self.journal)
             try:
                 return await self.caller.ask(
                     self.journal, role, model, messages, sampling, schemas, check=check

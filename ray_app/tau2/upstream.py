@@ -157,13 +157,23 @@ class UpstreamDomain:
         return str(_upstream().orchestrator.DEFAULT_FIRST_AGENT_MESSAGE.content)
 
     def tasks(self, split: str) -> list[dict[str, Any]]:
+        try:
+            return [_task_json(task) for task in self._load(split)]
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"domain {self.name}: no {error.filename}; set {DATA_VARIABLE} to tau2-bench's data folder"
+            ) from None
+
+    def _load(self, split: str) -> list[Any]:
         registry = _upstream().registry
         load = registry.get_tasks_loader(self.name)
         splits = getattr(registry, "get_task_splits_loader", lambda name: None)(self.name)
-        known = splits() if splits else None
-        if known is not None and split not in known:
+        if splits is None:
+            return list(load())
+        known = splits()
+        if split not in known:
             raise DatasetError(f"split {split!r}: {self.name} has {', '.join(known)}")
-        return [_task_json(task) for task in (load() if known is None else load(split))]
+        return list(load(split))
 
     def environment(self, *, is_solo: bool = False) -> Environment:
         return UpstreamEnvironment(_upstream().registry.get_env_constructor(self.name)(solo_mode=is_solo))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from ray_app import extract
 from ray_app.config import Alias, ToolName
@@ -25,8 +26,9 @@ class FinalAnswer:
 
     async def use(self, alias: str, task: Task, space: Workspace, journal: Journal) -> Answer | None:
         expert = self.aliases[alias]
-        messages = self._messages(expert, task, self.caller.context(expert, task, space))
-        reply = await self.caller.ask(journal, "expert", expert.model, messages, expert.sampling)
+        reply = await self.caller.ask_expert(
+            journal, expert, task, space, partial(self._messages, expert, task)
+        )
         return Answer(extract.answer(reply.content), extract.without_thinking(reply.content))
 
     def _messages(self, expert: Alias, task: Task, context: str) -> tuple[Message, ...]:

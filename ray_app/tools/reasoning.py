@@ -44,8 +44,9 @@ class Reasoning:
         return None
 
     async def _program(self, alias: Alias, task: Task, space: Workspace, journal: Journal) -> str:
-        context = self.caller.context(alias, task, space)
-        text = self.prompts.render("reasoning", context=context, question=task.question)
-        message = Message("user", text, self.caller.images(alias.model, task))
-        reply = await self.caller.ask(journal, "expert", alias.model, (message,), alias.sampling)
+        def write(context: str) -> tuple[Message, ...]:
+            text = self.prompts.render("reasoning", context=context, question=task.question)
+            return (Message("user", text, self.caller.images(alias.model, task)),)
+
+        reply = await self.caller.ask_expert(journal, alias, task, space, write)
         return extract.program(reply.content)

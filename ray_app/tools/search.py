@@ -48,10 +48,11 @@ class Search:
         return None
 
     async def _query(self, alias: Alias, task: Task, space: Workspace, journal: Journal) -> str:
-        context = self.caller.context(alias, task, space)
-        text = self.prompts.render("search", context=context, question=task.question)
-        message = Message("user", text, self.caller.images(alias.model, task))
-        reply = await self.caller.ask(journal, "expert", alias.model, (message,), alias.sampling)
+        def write(context: str) -> tuple[Message, ...]:
+            text = self.prompts.render("search", context=context, question=task.question)
+            return (Message("user", text, self.caller.images(alias.model, task)),)
+
+        reply = await self.caller.ask_expert(journal, alias, task, space, write)
         written = extract.tagged(reply.content, "query")
         query = extract.without_thinking(reply.content) if written is None else written
         return " ".join((query or task.question).split())[: self.config.query_chars]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import statistics
@@ -16,6 +17,7 @@ from analysis.numbers import (
     describe,
     linear_histogram,
     log_histogram,
+    pass_hat_k,
     wald_interval,
     wilson_interval,
 )
@@ -159,3 +161,14 @@ def test_accounting_of_nothing_has_no_accuracy_and_too_many_results_are_refused(
     assert accounting([], planned=0).accuracy is None
     with pytest.raises(ValueError, match="2 results for 1 planned"):
         accounting([Counted("ok", True)] * 2, planned=1)
+
+
+def test_pass_hat_k_is_the_share_of_draws_in_which_all_succeed() -> None:
+    for trials, successes in ((1, 1), (4, 3), (5, 2), (6, 0)):
+        outcomes = [True] * successes + [False] * (trials - successes)
+        for k in range(1, trials + 1):
+            draws = list(itertools.combinations(outcomes, k))
+            assert pass_hat_k(trials, successes, k) == pytest.approx(sum(map(all, draws)) / len(draws))
+    for trials, successes, k in ((3, 1, 0), (3, 1, 4), (3, 4, 1)):
+        with pytest.raises(ValueError, match=r"pass\^"):
+            pass_hat_k(trials, successes, k)

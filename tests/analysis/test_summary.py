@@ -110,3 +110,28 @@ def test_more_results_than_planned_gets_a_note(tmp_path: Path) -> None:
 def test_an_empty_log_is_a_state_of_its_own(tmp_path: Path) -> None:
     run = summary_of(tmp_path)
     assert (run.state, run.accounting.accuracy, run.totals.wall_s) == ("empty", None, 0.0)
+
+
+def test_spending_is_told_by_kind_and_model_and_prompts_that_were_cut_are_counted(tmp_path: Path) -> None:
+    run = summary_of(
+        tmp_path,
+        model_call("expert", tool="search", model="big", cost_usd=0.5, prompt_tokens=90, context_cut=30),
+        model_call("judge", model="big", status="error", cost_usd=0.25, completion_tokens=10, context_cut=0),
+        model_call("orchestrator", model="small", cost_usd=0.001),
+        event("overflow", task="a", status="error", model="big", context_cut=30),
+        event("retrieval", task="a", web_calls=3, cost_usd=0.03),
+        event("retrieval", task="a", web_calls=0, cost_usd=0.0),
+        event("code", task="a", cost_usd=0.002),
+        result("a", "ok", True, cost_usd=0.7),
+        result("b", "ok", True, cost_usd=0.083),
+    )
+    assert [(row.kind, row.model, row.calls, row.tokens) for row in run.spending] == [
+        ("models", "big", 2, 100),
+        ("web", "", 3, 0),
+        ("code", "", 1, 0),
+        ("models", "small", 1, 0),
+    ]
+    assert sum(row.cost_usd for row in run.spending) == pytest.approx(run.totals.cost_usd)
+    assert (run.totals.cut_prompts, run.totals.overflows) == (1, 1)
+    assert (run.task_cost.most_usd, run.task_cost.most_task) == (0.7, "a")
+    assert (run.task_cost.mean_usd, run.task_cost.p50_usd) == pytest.approx((0.3915, 0.3915))

@@ -103,10 +103,10 @@ class Cluster:
         }
         return {**os.environ, **ours, **extra}
 
-    def job(self, *arguments: str, **extra: str) -> subprocess.Popen[str]:
-        """`python jobs/hle.py` as a user types it, with its output on a pipe; pictures, which take
-        seconds, only where they are asked for."""
-        command = [str(BIN / "python"), "jobs/hle.py", "--set", f"services={self.serve_config}", *arguments]
+    def job(self, *arguments: str, script: str = "jobs/hle.py", **extra: str) -> subprocess.Popen[str]:
+        """`python jobs/hle.py`, or another script, as a user types it, with its output on a pipe; pictures,
+        which take seconds, only where they are asked for."""
+        command = [str(BIN / "python"), script, "--set", f"services={self.serve_config}", *arguments]
         if "--pictures" not in arguments:
             command.append("--no-pictures")
         return self._start(command, **extra)

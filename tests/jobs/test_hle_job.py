@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ray_app import events
+from ray_app.prompting import load_prompts
 from tests.jobs.cluster import Cluster, finished, running, until
 from tests.model_server import serving
 
@@ -106,6 +107,41 @@ def test_a_driver_that_is_stopped_or_killed_half_way_is_finished_by_the_same_com
     assert repeated == 0 if number != signal.SIGKILL else repeated <= 6
 
 
+def test_a_run_is_replayed_without_services_and_another_prompt_is_found_out(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    run_dir, out = tmp_path / "run", tmp_path / "figures.json"
+    output = finished(cluster.job("--run-dir", str(run_dir), "--set", "dataset.limit=6"))
+    assert "6 planned = 6 ok" in output
+    # A Ray of its own, in which nothing is served; a key that is not there is not missed.
+    keyed = "models.baseline.endpoints=[{base_url: http://127.0.0.1:9/v1, api_key_env: NO_SUCH_KEY}]"
+    replay = ("--replay", str(run_dir), "--set", keyed, "--json", str(out))
+
+    output = finished(cluster.job(*replay, RAY_ADDRESS="local"))
+    told = figures(out)
+    assert (told["replayed"], told["equal"], told["diverged"], told["exit_code"]) == (6, 6, [], 0), output
+    assert "6 tasks, 6 equal, 0 diverged" in output and "not on this machine" not in output
+    assert (
+        events.results(Path(told["run_dir"]))["is_correct"].sort()
+        == events.results(run_dir)["is_correct"].sort()
+    )
+
+    (tmp_path / "prompts").mkdir()
+    ours = load_prompts().texts["search"]
+    (tmp_path / "prompts" / "search.txt").write_text(ours + "Be brief.\n")
+    job = cluster.job(*replay, "--set", f"prompts={tmp_path / 'prompts'}")
+    output, told = finished(job), figures(out)
+    assert (job.returncode, told["exit_code"], told["equal"]) == (1, 1, 0), output
+    assert told["differences"] == ["prompt_digest"]
+    assert {(one["turn"], one["call"]) for one in told["diverged"]} == {(0, 1)}
+    expected = "search/search-1 model_call, request "
+    assert all(one["recorded"].startswith(expected) for one in told["diverged"])
+
+
+def verdicts(run_dir: Path) -> dict[str, bool]:
+    return {row["task_id"]: row["is_correct"] for row in events.results(run_dir).to_pylist()}
+
+
 def test_both_forms_of_submission_run_the_job_and_resume_it(cluster: Cluster) -> None:
     services = ("--set", f"services={cluster.serve_config}")
     for name, form in (("typed", ()), ("packaged", ("--address", cluster.dashboard, "--working-dir", "."))):
@@ -173,3 +209,31 @@ def test_a_signal_while_services_start_ends_the_command_at_once(cluster: Cluster
     assert job.returncode == 143 and "stopped before the first task" in output, output
     output = finished(cluster.job("--run-dir", str(tmp_path / "run"), "--set", "dataset.limit=1"))
     assert "1 ok" in output
+
+
+def test_a_tau2_run_whose_driver_is_killed_is_finished_by_the_same_command(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """The second benchmark, on the services of the first."""
+    run_dir, out = tmp_path / "run", tmp_path / "figures.json"
+    arguments = ("--run-dir", str(run_dir), "--json", str(out), "--set", "concurrency=4")
+    job = cluster.job(*arguments, script="jobs/tau2.py")
+    until(job, r"^\[TAU2_TASK_COMPLETE\] .* status=done", times=6)
+    job.send_signal(signal.SIGKILL)
+    finished(job)
+    output = finished(cluster.job(*arguments, script="jobs/tau2.py"))
+    last = figures(out)
+    assert (last["ok"], last["planned"], last["exit_code"]) == (20, 20, 0), output
+    assert 0.5 <= last["accuracy"] < 1.0
+    assert last["protocol"] == "service_desk (built in, not tau2-bench)"
+    assert sorted(counted(run_dir)) == sorted(set(counted(run_dir)))
+    written = json.loads((run_dir / "tau2" / "service_desk.json").read_text())
+    rewards = [simulation["reward_info"]["reward"] for simulation in written["simulations"]]
+    assert (len(rewards), sum(rewards)) == (20, 20 * last["accuracy"])
+    replayed = [
+        json.loads(row["detail"])["replayed_calls"]
+        for row in rows(run_dir, "kind", "detail")
+        if row["kind"] == "result"
+    ]
+    assert max(replayed) > 0, "a dialogue that was cut goes on in its middle"
+    assert "No model is called." in finished(cluster.job(*arguments, script="jobs/tau2.py"))
