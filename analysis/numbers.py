@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ray_app.records import Outcome
 
-PERCENTILES = (1, 10, 25, 50, 75, 90, 95, 99)
+PERCENTILES = (1, 10, 25, 40, 50, 75, 80, 90, 95, 99)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,10 @@ class Summary:
     p1: float | None = None
     p10: float | None = None
     p25: float | None = None
+    p40: float | None = None
     p50: float | None = None
     p75: float | None = None
+    p80: float | None = None
     p90: float | None = None
     p95: float | None = None
     p99: float | None = None
@@ -67,7 +69,8 @@ class Counted(NamedTuple):
 class Accounting:
     """planned = ok + failed + limited + owed + pending; `correct` is a part of `ok`.
 
-    `accuracy` (a fraction) and its Wilson `interval` are over all planned; None where nothing is planned.
+    `accuracy` (a fraction), its Wilson `interval` and its `wald` interval are over all planned; None where
+    nothing is planned.
     """
 
     planned: int
@@ -79,6 +82,7 @@ class Accounting:
     correct: int
     accuracy: float | None
     interval: Interval | None
+    wald: Interval | None
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
@@ -129,23 +133,37 @@ def pass_hat_k(trials: int, successes: int, k: int) -> float:
 def describe(values: ArrayLike, five_seconds: float | None = 5.0) -> Summary:
     """Moments and percentiles of a flat list of numbers.
 
-    `std` has ddof 1 (0 for a single value). Percentiles interpolate linearly between order statistics:
-    definition 7 of R. J. Hyndman, Y. Fan, "Sample quantiles in statistical packages", Amer. Statist. 50
-    (1996). `five_seconds` is what 5 s is in the unit of the values; None where they are no durations.
+    `std` has ddof 1 (0 for a single value). `five_seconds` is what 5 s is in the unit of the values; None
+    where they are no durations.
     """
-    numbers = _checked(values)
+    numbers = ordered(values)
     if numbers.size == 0:
         return Summary(n=0)
-    points = dict(zip(PERCENTILES, np.percentile(numbers, PERCENTILES).tolist(), strict=True))
+    points = dict(zip(PERCENTILES, quantiles(numbers, [p / 100 for p in PERCENTILES]).tolist(), strict=True))
+    under = None if five_seconds is None else int(np.searchsorted(numbers, five_seconds))
     return Summary(
         n=int(numbers.size),
         mean=float(numbers.mean()),
         std=float(numbers.std(ddof=1)) if numbers.size > 1 else 0.0,
-        min=float(numbers.min()),
-        max=float(numbers.max()),
-        share_under_5s=None if five_seconds is None else float((numbers < five_seconds).mean()),
+        min=float(numbers[0]),
+        max=float(numbers[-1]),
+        share_under_5s=None if under is None else under / numbers.size,
         **{f"p{percent}": value for percent, value in points.items()},
     )
+
+
+def quantiles(values: ArrayLike, fractions: ArrayLike) -> NDArray[np.float64]:
+    """The values below which these fractions of `values` lie; values must not be empty.
+
+    Interpolates linearly between order statistics: numpy's default, definition 7 of R. J. Hyndman, Y. Fan,
+    "Sample quantiles in statistical packages", Amer. Statist. 50 (1996) 361-365.
+    """
+    numbers = ordered(values)
+    places = np.asarray(fractions, dtype=np.float64) * (numbers.size - 1)
+    below = np.floor(places).astype(np.int64)
+    low, high = numbers[below], numbers[np.minimum(below + 1, numbers.size - 1)]
+    found: NDArray[np.float64] = low + (places - below) * (high - low)
+    return found
 
 
 def linear_histogram(values: ArrayLike, bins: int = 10) -> Histogram | None:
@@ -154,10 +172,10 @@ def linear_histogram(values: ArrayLike, bins: int = 10) -> Histogram | None:
     Bins are half-open, the last one closed. Equal values all fall into the first of `bins` bins that
     together are 1e-9 wide (wider where a float could not tell their edges apart).
     """
-    numbers = _checked(values)
+    numbers = ordered(values)
     if numbers.size == 0:
         return None
-    low, high = float(numbers.min()), float(numbers.max())
+    low, high = float(numbers[0]), float(numbers[-1])
     if high == low:
         high = low + max(1e-9, 2 * bins * float(np.spacing(abs(low))))
     return _histogram(numbers, np.linspace(low, high, bins + 1))
@@ -169,12 +187,23 @@ def log_histogram(values: ArrayLike, bins: int = 10) -> Histogram | None:
     Values of zero or less are counted in the first bin. Where all positive values are equal, the bins
     reach up to ten times that value.
     """
-    numbers = _checked(values)
-    positive = numbers[numbers > 0]
+    numbers = ordered(values)
+    positive = numbers[np.searchsorted(numbers, 0.0, side="right") :]
     if positive.size == 0:
         return None
-    low, high = float(positive.min()), float(positive.max())
+    low, high = float(positive[0]), float(positive[-1])
     return _histogram(numbers, np.geomspace(low, high if high > low else low * 10, bins + 1))
+
+
+def ordered(values: ArrayLike) -> NDArray[np.float64]:
+    """`values` as sorted doubles; those that are sorted already are returned as they are.
+
+    What is asked several questions is sorted once, by this.
+    """
+    numbers = np.asarray(values, dtype=np.float64).reshape(-1)
+    if not np.isfinite(numbers).all():
+        raise ValueError("values hold NaN or infinity; expected finite numbers")
+    return numbers if bool((numbers[:-1] <= numbers[1:]).all()) else np.sort(numbers)
 
 
 def accounting(results: Iterable[Counted], planned: int) -> Accounting:
@@ -196,6 +225,7 @@ def accounting(results: Iterable[Counted], planned: int) -> Accounting:
         correct=correct,
         accuracy=correct / planned if planned else None,
         interval=wilson_interval(correct, planned) if planned else None,
+        wald=wald_interval(correct, planned) if planned else None,
         **count,
     )
 
@@ -208,17 +238,10 @@ def _quantile(successes: int, n: int, confidence: float) -> float:
     return NormalDist().inv_cdf(0.5 + confidence / 2)
 
 
-def _checked(values: ArrayLike) -> NDArray[np.float64]:
-    numbers = np.asarray(values, dtype=np.float64).reshape(-1)
-    if not np.isfinite(numbers).all():
-        raise ValueError("values hold NaN or infinity; expected finite numbers")
-    return numbers
-
-
 def _histogram(numbers: NDArray[np.float64], edges: NDArray[np.float64]) -> Histogram:
-    bins = len(edges) - 1
-    places = np.clip(np.searchsorted(edges, numbers, side="right") - 1, 0, bins - 1)
-    counts = np.bincount(places, minlength=bins)
+    """Of sorted numbers; what lies outside of the edges counts in the bin at that end."""
+    inner = np.searchsorted(numbers, edges[1:-1], side="left")
+    counts = np.diff(np.concatenate([[0], inner, [numbers.size]]))
     return Histogram(
         edges=tuple(edges.tolist()),
         counts=tuple(counts.tolist()),

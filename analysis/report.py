@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.metrics import MetricReport, describe_metrics
-from analysis.queries import ToolRow, UsageRow, open_run, tool_table, usage_table
+from analysis.critical_path import CriticalPath, critical_path
+from analysis.log import open_run
+from analysis.selection import LAST_SEGMENT
 from analysis.summary import RunSummary, summarise
 from analysis.text import percent
+from analysis.timing import Timing, timing
+from analysis.usage import ToolRow, Usage, tool_table, usage
 from ray_app.errors import RunDirError
-
-_OVERVIEW = ("llm_infer_ms", "llm_total_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,27 +38,26 @@ def analyse(run_dir: Path, out_dir: Path | None = None, *, with_pictures: bool =
     """
     log = open_run(run_dir)
     out_dir = out_dir or run_dir / "analysis"
-    run, tools, metrics = summarise(log), tool_table(log), describe_metrics(log)
+    run, tools, times, used = summarise(log), tool_table(log), timing(log), usage(log)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        _write_json(out_dir / "stats.json", statistics(run, tools, usage_table(log), metrics))
-        pictures = tuple(_draw(out_dir, run, tools, metrics)) if with_pictures else ()
+        _write_json(out_dir / "stats.json", statistics(run, tools, used, times))
+        path = critical_path(log.select(LAST_SEGMENT))
+        pictures = tuple(_draw(out_dir, run, tools, used, times, path)) if with_pictures else ()
     except OSError as error:
         raise RunDirError(f"{out_dir}: {error.strerror}; expected a writable folder") from None
     stats, overview = out_dir / "stats.json", out_dir / "overview.png"
     return AnalysisOutput(stats, overview, pictures, sentence(run), run, tools)
 
 
-def statistics(
-    run: RunSummary, tools: list[ToolRow], usage: list[UsageRow], metrics: dict[str, MetricReport]
-) -> dict[str, Any]:
-    """The content of `stats.json`: source, metrics, summary, and the two tables."""
+def statistics(run: RunSummary, tools: list[ToolRow], used: Usage, times: Timing) -> dict[str, Any]:
+    """The content of `stats.json`."""
     return {
         "source": run.run_dir,
-        "metrics": {name: asdict(report) for name, report in metrics.items()},
         "summary": asdict(run),
+        "timing": times.content,
         "tools": [asdict(row) for row in tools],
-        "usage": [asdict(row) for row in usage],
+        "usage": [asdict(row) for row in used.rows],
     }
 
 
@@ -82,14 +82,13 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _draw(
-    out_dir: Path, run: RunSummary, tools: list[ToolRow], metrics: dict[str, MetricReport]
+    out_dir: Path, run: RunSummary, tools: list[ToolRow], used: Usage, times: Timing, path: CriticalPath
 ) -> Iterator[Path]:
-    from analysis import plots  # matplotlib takes most of a second, which `summary` need not wait for
+    from analysis import plots, timeline  # matplotlib takes half a second, which no figure need wait for
 
-    left, right = (metrics[name] for name in _OVERVIEW)
-    yield from plots.overview_picture(out_dir / "overview", run, tools, left, right)
-    yield from plots.share_picture(out_dir / "tool_shares", [row for row in tools if row.share is not None])
-    yield from plots.outcome_picture(out_dir / "outcomes", run.by_category)
-    for name, report in metrics.items():
-        yield from plots.histogram_picture(out_dir / f"{name}_linear", report, "linear")
-        yield from plots.histogram_picture(out_dir / f"{name}_log", report, "log")
+    yield from plots.overview_picture(out_dir / "overview", run, tools, times)
+    yield from plots.summary_pictures(out_dir, run)
+    yield from plots.usage_pictures(out_dir, used)
+    yield from plots.timing_pictures(out_dir, times)
+    for segment in path.segments:
+        yield from timeline.timeline_picture(out_dir / "timeline", path.run, segment)

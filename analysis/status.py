@@ -15,13 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
-from analysis.queries import open_run
-from analysis.summary import RunSummary, summarise
-from analysis.text import DASH, duration, plain
+from analysis import seen, summary
+from analysis.log import open_run
+from analysis.seen import LastError, OpenTask, Seen, Spending
+from analysis.summary import RunSummary
 from ray_app import events, object_store, pulse
 from ray_app.errors import EvalError, RunDirError
 from ray_app.pulse import Call, Status
@@ -31,6 +28,7 @@ State = Literal["empty", "running", "stuck", "stopped", "ended"]
 
 SILENT_S = 15.0
 SHOWN_CALLS = 10
+SHOWN_TASKS = 10
 DRIVER = "driver"
 COUNTS = ("planned", "ok", "failed", "limited", "owed", "pending")
 
@@ -47,6 +45,10 @@ class Process:
     heartbeat_s: float
     in_flight: int = 0
     calls_ended: int = 0
+
+    @property
+    def where(self) -> str:
+        return f"process {self.pid} on {self.host or 'unknown'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +75,15 @@ class LongCall:
 
 
 @dataclass(frozen=True, slots=True)
-class LastError:
-    """How often a kind of failure stands in the log, and its newest case; `at` is Unix seconds."""
+class SlowTask:
+    """A task at work: for how long (seconds) in this segment, and the call that it waits for, if one is told.
 
-    error_kind: str
-    n: int
-    at: float
-    kind: str
-    task_id: str
-    worker: str
-    message: str
+    A process names its oldest calls only, and a task may be between two of them.
+    """
+
+    task: OpenTask
+    age_s: float
+    waits_for: LongCall | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,9 @@ class RunStatus:
     progress: Progress
     in_flight: list[InFlight]
     calls: list[LongCall]
+    slow_tasks: list[SlowTask]
     workers: list[Process]
+    spending: Spending | None
     errors: list[LastError]
     notes: list[str]
 
@@ -123,8 +126,8 @@ def status_of(
 ) -> RunStatus:
     """The state of the run at this moment. Raises RunDirError where there is no run."""
     _check_run(run_dir)
-    summary, errors, notes = _read_log(run_dir)
     now = clock()
+    counted, found, notes = _read_log(run_dir, now)
     driver, epoch = _driver(run_dir, now)
     told = [status for status in pulse.read(run_dir) if status.epoch == epoch]
     workers = [_process(status, now) for status in told if status.name != DRIVER]
@@ -132,7 +135,7 @@ def status_of(
     is_driven = driver is not None and driver.life in ("alive", "silent")
     calls = _calls(waiting, now, stuck_after_s if is_driven else float("inf"))
     figures = next((status.figures for status in told if status.name == DRIVER), {})
-    progress = _progress(summary, figures, now, is_driven=is_driven)
+    progress = _progress(counted, figures, now, is_driven=is_driven)
     problems = _problems(driver, workers if is_driven else [], calls, progress, stuck_after_s)
     return RunStatus(
         run_dir=object_store.place(run_dir),
@@ -143,8 +146,10 @@ def status_of(
         progress=progress,
         in_flight=_groups(waiting, now),
         calls=calls[:SHOWN_CALLS],
+        slow_tasks=_slow_tasks(found.open_tasks, calls, now)[:SHOWN_TASKS] if found and is_driven else [],
         workers=workers,
-        errors=errors,
+        spending=found.spending if found else None,
+        errors=found.errors if found else [],
         notes=notes,
     )
 
@@ -154,34 +159,15 @@ def _check_run(run_dir: Path) -> None:
         raise RunDirError(f"no run at {run_dir}: expected a run directory, as the job prints it")
 
 
-def _read_log(run_dir: Path) -> tuple[RunSummary | None, list[LastError], list[str]]:
-    """Accounting and last errors; a log that is not there yet or does not read becomes a note."""
+def _read_log(run_dir: Path, now: float) -> tuple[RunSummary | None, Seen | None, list[str]]:
+    """What the log says; one that is not there yet or does not read becomes a note."""
     if not events.event_files(run_dir).folder.is_dir():
-        return None, [], ["No log yet: no task has been started."]
+        return None, None, ["No log yet: no task has been started."]
     try:
-        return summarise(open_run(run_dir)), last_errors(run_dir), []
+        log = open_run(run_dir, columns=(*summary.COLUMNS, *seen.COLUMNS))
+        return summary.summarise(log), seen.look(log, now), []
     except EvalError as error:
-        return None, [], [f"The log cannot be read: {error}"]
-
-
-def last_errors(run_dir: Path) -> list[LastError]:
-    """One row for each kind of failure in the log, the newest first."""
-    columns = ["error_kind", "t_start", "kind", "task_id", "worker", "error", "status", "is_replayed"]
-    found: dict[str, LastError] = {}
-    for batch in events.read(run_dir, columns):
-        for row in batch.to_pylist() if "error" in batch["status"].unique().to_pylist() else ():
-            if row["status"] == "error" and not row["is_replayed"]:
-                name = row["error_kind"] or "unknown"
-                found[name] = _newer(found.get(name), name, row)
-    return sorted(found.values(), key=lambda error: -error.at)
-
-
-def _newer(known: LastError | None, name: str, row: Mapping[str, Any]) -> LastError:
-    at, n = row["t_start"].timestamp(), 1 if known is None else known.n + 1
-    last = (row["kind"], row["task_id"] or "", row["worker"] or "", row["error"] or "")
-    if known is not None and known.at > at:
-        at, last = known.at, (known.kind, known.task_id, known.worker, known.message)
-    return LastError(name, n, at, *last)
+        return None, None, [f"The log cannot be read: {error}"]
 
 
 def _driver(run_dir: Path, now: float) -> tuple[Process | None, int]:
@@ -243,6 +229,13 @@ def _calls(waiting: Iterable[Status], now: float, stuck_after_s: float) -> list[
     return sorted(calls, key=lambda call: -call.age_s)
 
 
+def _slow_tasks(tasks: Iterable[OpenTask], calls: Sequence[LongCall], now: float) -> list[SlowTask]:
+    """The tasks at work, the longest first, each with its oldest call in flight."""
+    waits = {(long.call.task_id, long.call.trial): long for long in reversed(calls)}
+    found = [SlowTask(task, _age(now, task.since), waits.get((task.task_id, task.trial))) for task in tasks]
+    return sorted(found, key=lambda slow: -slow.age_s)
+
+
 def _groups(waiting: Iterable[Status], now: float) -> list[InFlight]:
     found: dict[tuple[str, str, str], InFlight] = {}
     for group in (group for status in waiting for group in status.groups):
@@ -253,12 +246,12 @@ def _groups(waiting: Iterable[Status], now: float) -> list[InFlight]:
 
 
 def _progress(
-    summary: RunSummary | None, figures: Mapping[str, Any], now: float, *, is_driven: bool
+    counted: RunSummary | None, figures: Mapping[str, Any], now: float, *, is_driven: bool
 ) -> Progress:
-    if summary is None or "planned" not in summary.facts:
+    if counted is None or "planned" not in counted.facts:
         counts = {name: figures.get(name) for name in COUNTS}
     else:
-        counts = {name: getattr(summary.accounting, name) for name in COUNTS}
+        counts = {name: getattr(counted.accounting, name) for name in COUNTS}
     told = figures if is_driven else {}  # what a dead driver said of its speed is no news
     commit = told.get("last_commit")
     return Progress(
@@ -280,14 +273,14 @@ def _problems(
     """Why somebody should look, the worst first; none where the run goes on or ended well."""
     problems = []
     if driver is not None and driver.life == "silent":
-        problems.append(f"driver ({_place(driver)}) is silent: last heartbeat {driver.heartbeat_s:.0f} s ago")
+        problems.append(f"driver ({driver.where}) is silent: last heartbeat {driver.heartbeat_s:.0f} s ago")
     left = "an unknown number of" if progress.pending is None else str(progress.pending)
     if driver is None or driver.life in ("dead", "ended"):
         verb = "died" if driver is not None and driver.life == "dead" else "stopped"
         if (driver is not None or progress.planned is not None) and progress.pending != 0:
             problems.append(f"the driver {verb} with {left} tasks pending; the job's command resumes it")
     problems += [
-        f"worker {worker.name} ({_place(worker)}) is {worker.life}: last heartbeat "
+        f"worker {worker.name} ({worker.where}) is {worker.life}: last heartbeat "
         f"{worker.heartbeat_s:.0f} s ago, {worker.in_flight} calls in flight"
         for worker in workers
         if worker.life in ("silent", "dead")
@@ -305,77 +298,5 @@ def _state(driver: Process | None, problems: Sequence[str], is_driven: bool, pro
     return "stopped" if problems else "ended"
 
 
-def _place(process: Process) -> str:
-    return f"process {process.pid} on {process.host or 'unknown'}"
-
-
 def _age(now: float, then: float) -> float:
     return max(0.0, now - then)
-
-
-def page(run: RunStatus) -> RenderableType:
-    """The state of a run on one page: verdict and reasons first, then what is in flight."""
-    style = "bold red" if run.exit_code else "bold green"
-    parts: list[RenderableType] = [Text(f"{run.state}: {plain(run.run_dir, 200)}", style=style)]
-    parts += [Text(f"! {plain(problem, 300)}", style="red") for problem in run.problems]
-    parts += [Text(line) for line in (_driver_line(run.driver), *_progress_lines(run.progress))]
-    parts += [Text(plain(note, 300), style="yellow") for note in run.notes]
-    rows = [[_what(group), str(group.n), duration(group.oldest_s)] for group in run.in_flight]
-    parts += _grid("In flight", ["call", "n", "oldest"], rows)
-    rows = [_call_row(call) for call in run.calls]
-    parts += _grid("Longest calls", ["for", "since", "call", "task", "turn", "where"], rows)
-    rows = [
-        [worker.name, worker.life, f"{worker.heartbeat_s:.0f} s ago", str(worker.in_flight), _place(worker)]
-        for worker in run.workers
-    ]
-    parts += _grid("Workers", ["name", "state", "heartbeat", "in flight", "where"], rows)
-    rows = [[e.error_kind, str(e.n), _clock(e.at), e.task_id, e.message] for e in run.errors]
-    parts += _grid("Errors in the log", ["kind", "n", "last", "task", "message"], rows)
-    return Group(*parts)
-
-
-def _driver_line(driver: Process | None) -> str:
-    if driver is None:
-        return "driver: none has held this run"
-    return f"driver: {driver.life}, {_place(driver)}, last heartbeat {driver.heartbeat_s:.0f} s ago"
-
-
-def _progress_lines(progress: Progress) -> list[str]:
-    lines = []
-    if progress.planned is not None:
-        parts = " + ".join(f"{getattr(progress, name)} {name}" for name in COUNTS[1:])
-        lines.append(f"tasks: {progress.planned} planned = {parts}")
-    if progress.in_flight is not None:
-        eta = DASH if progress.eta_s is None else duration(progress.eta_s)
-        commit = "none yet" if progress.last_commit_s is None else f"{duration(progress.last_commit_s)} ago"
-        rate = f"{progress.per_min or 0:.1f}/min"
-        lines.append(f"now: {progress.in_flight} in flight, {rate}, ETA {eta}, last commit {commit}")
-    return lines
-
-
-def _call_row(long: LongCall) -> list[str]:
-    call, age = long.call, duration(long.age_s) + (" STUCK" if long.is_stuck else "")
-    where = f"{long.worker} (process {long.pid} on {long.host})"
-    task = f"{call.task_id} trial {call.trial} attempt {call.attempt}"
-    return [age, _clock(call.since), _what(call), task, str(call.turn), where]
-
-
-def _what(call: Call | InFlight) -> str:
-    names = (call.kind, call.role, getattr(call, "tool", ""), call.model or getattr(call, "alias", ""))
-    return " ".join(name for name in names if name)
-
-
-def _clock(at: float) -> str:
-    return time.strftime("%m-%d %H:%M:%S", time.localtime(at))
-
-
-def _grid(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[RenderableType]:
-    """A table, or nothing where it has no row. Cells are Text: a name with brackets is no markup."""
-    if not rows:
-        return []
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for name in names:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(plain(cell, 120)) for cell in row))
-    return [table]

@@ -1,20 +1,27 @@
-"""The run on one page: where every planned task is, how right, how long, how dear.
+"""The run on one page: where every planned task is, how right, how sure, how long, how dear.
 
-Every score travels with the facts of the run (protocol, judge model, prompt digest) from its
-`run_start` event; what the log does not say, or says oddly, becomes a note and never an exception.
+A summary is of the whole run, whatever its segments: a task's result counts wherever it was committed, and
+what an earlier segment spent was spent for it. Each segment has its own row beside that. Every score travels
+with the facts of the run (protocol, judge model, prompt digest) from its `run_start` event; what the log does
+not say, or says oddly, becomes a note and never an exception.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from analysis.numbers import Accounting, Counted, Interval, accounting, wilson_interval
-from analysis.queries import RunLog
-from ray_app import object_store
+import numpy as np
+
+from analysis.calibration import Calibration, calibration
+from analysis.log import RESULTS, WORK, Mask, RunLog, counts
+from analysis.numbers import Accounting, Counted, Interval, accounting, wald_interval, wilson_interval
+from analysis.spending import COLUMNS as SPENDING
+from analysis.spending import SpendRow, TaskCost, spending, task_cost
 
 State = Literal["empty", "not ended", "ended"]
+COLUMNS = (*WORK, *RESULTS, *SPENDING, "duration_s", "call_seq", "retries", "context_cut")
+_MARKS = ("result", "run_start", "run_end")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +37,35 @@ class GroupRow:
     correct: int
     accuracy: float
     interval: Interval
+    wald: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """How the counted results were judged: `judged` have a verdict, by the judge, as exact, or as empty.
+
+    `share` is of all planned tasks, None where nothing is planned.
+    """
+
+    judged: int
+    by_judge: int
+    exact: int
+    empty: int
+    share: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One command's work on the run: `wall_s` from its first event to its last; `results` it committed."""
+
+    epoch: int
+    began: float
+    wall_s: float
+    is_ended: bool
+    results: int
+    model_calls: int
+    tokens: int
+    cost_usd: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,150 +98,220 @@ class Totals:
 
 
 @dataclass(frozen=True, slots=True)
-class SpendRow:
-    """What one kind of work (`models`, `web`, `code`) cost, the dearest first; models as endpoints name them.
-
-    `calls` are paid web calls where the kind is `web`. Failed and repeated calls are in.
-    """
-
-    kind: str
-    model: str
-    calls: int
-    tokens: int
-    cost_usd: float
-
-
-@dataclass(frozen=True, slots=True)
-class TaskCost:
-    """US dollars of the counted results: a mean one, a middle one, the dearest and its task."""
-
-    mean_usd: float = 0.0
-    p50_usd: float = 0.0
-    most_usd: float = 0.0
-    most_task: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class RunSummary:
     """What `python -m analysis summary` prints."""
 
     run_dir: str
     state: State
     facts: dict[str, Any]
+    filters: str
     accounting: Accounting
+    coverage: Coverage
+    calibration: Calibration
     by_category: list[GroupRow]
     by_answer_type: list[GroupRow]
     failures: dict[str, int]
+    limits: dict[str, int]
     totals: Totals
+    segments: list[Segment]
     spending: list[SpendRow]
     task_cost: TaskCost
     notes: list[str]
 
 
-# A result's duration is that of its task and says nothing of when it was committed, hence the case.
-_TOTALS = """
-with epochs as (
-    select min(epoch_us(t_start)) / 1e6 as began,
-           max(epoch_us(t_start) / 1e6 + case when kind in ('result', 'run_start', 'run_end') then 0
-                                              else duration_s end) as ended
-    from live group by epoch
-), answered as (
-    select count(*) - count(distinct (rollout_key, judge_key, trial, call_seq)) as repeated
-    from calls where kind = 'model_call' and not is_error and call_seq >= 0
-)
-select (select count(*) from epochs),
-       count(*) filter (kind = 'attempt'), count(*) filter (kind = 'turn'),
-       count(*) filter (kind = 'turn' and status = 'invalid'),
-       count(*) filter (kind = 'model_call'), (select repeated from answered),
-       coalesce(sum(retries) filter (kind = 'model_call'), 0)::bigint,
-       coalesce(sum(prompt_tokens) filter (kind = 'model_call'), 0)::bigint,
-       coalesce(sum(cached_tokens) filter (kind = 'model_call'), 0)::bigint,
-       coalesce(sum(completion_tokens) filter (kind = 'model_call'), 0)::bigint,
-       coalesce(sum(cost_usd) filter (kind in ('model_call', 'retrieval', 'code')), 0.0),
-       (select coalesce(sum(cost_usd), 0.0) from results),
-       count(*) filter (kind = 'model_call' and context_cut > 0), count(*) filter (kind = 'overflow'),
-       (select coalesce(sum(ended - began), 0.0) from epochs)
-from live
-"""
-_SPENDING = """
-select case kind when 'model_call' then 'models' when 'retrieval' then 'web' else 'code' end,
-       case when kind = 'model_call' then coalesce(model, '') else '' end,
-       coalesce(sum(case when kind = 'retrieval' then web_calls else 1 end), 0)::bigint,
-       coalesce(sum(tokens), 0)::bigint, coalesce(sum(cost_usd), 0.0)
-from calls where kind <> 'tool_call' group by 1, 2 order by 5 desc, 1, 2
-"""
-_TASK_COST = """
-select avg(cost_usd), median(cost_usd), max(cost_usd), coalesce(arg_max(task_id, cost_usd), '')
-from results having count(cost_usd) > 0
-"""
-_NEWEST_START = """
-select detail from events where kind = 'run_start' order by epoch desc, t_start desc limit 1
-"""
-_GROUPS = """
-select coalesce({column}, ''), count(*),
-       count(*) filter (outcome = 'ok'), count(*) filter (outcome = 'failed'),
-       count(*) filter (outcome = 'limited'), count(*) filter (outcome = 'owed'),
-       count(*) filter (outcome = 'ok' and is_correct)
-from results group by 1 order by 2 desc, 1
-"""
-_FAILURES = """
-select coalesce(error_kind, 'unknown'), count(*) from results where outcome = 'failed'
-group by 1 order by 2 desc, 1
-"""
-
-
 def summarise(log: RunLog) -> RunSummary:
     """Outcomes, accuracy, work, cost and time of the run."""
-    facts = _facts(log)
-    account, notes = _account(log, facts)
+    results = log.results
+    account, notes = _account(log, results)
+    segments = _segments(log)
     return RunSummary(
-        run_dir=object_store.place(log.run_dir),
+        run_dir=log.name,
         state=_state(log),
-        facts=facts,
+        facts=log.facts,
+        filters=log.selection.line,
         accounting=account,
-        by_category=_groups(log, "category"),
-        by_answer_type=_groups(log, "answer_type"),
-        failures=dict(log.ask(_FAILURES)),
-        totals=Totals(*log.ask(_TOTALS)[0]),
-        spending=[SpendRow(*row) for row in log.ask(_SPENDING)],
-        task_cost=TaskCost(*(log.ask(_TASK_COST) or [()])[0]),
+        coverage=_coverage(results, account.planned),
+        calibration=_calibration(results),
+        by_category=_groups(results, "category"),
+        by_answer_type=_groups(results, "answer_type"),
+        failures=_kinds(results, "failed"),
+        limits=_kinds(results, "limited"),
+        totals=_totals(log, results, segments),
+        segments=segments,
+        spending=spending(log),
+        task_cost=task_cost(results),
         notes=notes,
     )
 
 
-def _facts(log: RunLog) -> dict[str, Any]:
-    """What the newest `run_start` says of the run; empty where there is none to read."""
-    rows = log.ask(_NEWEST_START)
-    try:
-        facts = json.loads(rows[0][0]) if rows else {}
-    except ValueError:
-        return {}
-    return facts if isinstance(facts, dict) else {}
-
-
-def _account(log: RunLog, facts: dict[str, Any]) -> tuple[Accounting, list[str]]:
-    rows = [Counted(*row) for row in log.ask("select outcome, is_correct from results")]
-    planned = facts.get("planned")
+def _account(log: RunLog, results: RunLog) -> tuple[Accounting, list[str]]:
+    outcomes, right = results.words("outcome"), results.numbers("is_correct")
+    rows = [
+        Counted(outcomes.names[code], None if np.isnan(is_right) else bool(is_right))
+        for code, is_right in zip(outcomes.codes.tolist(), right.tolist(), strict=True)
+    ]
+    notes = _notes(log)
+    planned = _planned(log)
     if isinstance(planned, int) and planned >= len(rows):
-        return accounting(rows, planned), []
+        return accounting(rows, planned), notes
     if not isinstance(planned, int):
-        note = "How many tasks were planned is not in the log: accuracy is over the results."
+        notes.append("How many tasks were planned is not in the log: accuracy is over the results.")
     else:
-        note = f"The log holds {len(rows)} results for {planned} planned tasks: accuracy is over the results."
-    return accounting(rows, len(rows)), [note]
+        notes.append(
+            f"The log holds {len(rows)} results for {planned} planned tasks: accuracy is over the results."
+        )
+    return accounting(rows, len(rows)), notes
+
+
+def _planned(log: RunLog) -> Any:
+    """Tasks that were planned, of those that are asked for; no number where the log cannot tell."""
+    planned, trials = log.facts.get("planned"), log.facts.get("trials")
+    if log.selection.categories or not log.is_of_benchmark:
+        return None
+    if log.selection.trials and isinstance(planned, int):
+        share = len(set(log.selection.trials))
+        return planned // trials * share if isinstance(trials, int) and trials > 0 else None
+    return planned
+
+
+def _notes(log: RunLog) -> list[str]:
+    notes = []
+    if log.selection.tools or log.selection.models or log.selection.statuses:
+        notes.append("--tool, --model and --status pick calls: they cut the work down, not the score.")
+    trials = log.facts.get("trials")
+    if isinstance(trials, int) and trials > 1 and not log.selection.trials:
+        notes.append(
+            f"The intervals treat the {trials} trials of a task as independent; --trial 0 takes one."
+        )
+    return notes
+
+
+def _coverage(results: RunLog, planned: int) -> Coverage:
+    judged = ~np.isnan(results.numbers("is_correct")) & ~results.words("outcome").is_in("owed", "failed")
+    methods = counts(results.words("verdict_method"), judged)
+    n = int(judged.sum())
+    by_judge, exact, empty = (methods.get(name, 0) for name in ("judge", "exact", "empty"))
+    return Coverage(n, by_judge, exact, empty, n / planned if planned else None)
+
+
+def _calibration(results: RunLog) -> Calibration:
+    sure, right = results.numbers("confidence"), results.numbers("is_correct")
+    judged = ~np.isnan(sure) & ~np.isnan(right)
+    return calibration(sure[judged], right[judged])
+
+
+def _groups(results: RunLog, column: Literal["category", "answer_type"]) -> list[GroupRow]:
+    words, outcomes = results.words(column), results.words("outcome")
+    right = outcomes.is_in("ok") & (results.numbers("is_correct") == 1)
+    rows = []
+    for code, name in enumerate(words.names):
+        mask = words.codes == code
+        if n := int(mask.sum()):
+            of = {key: int((mask & outcomes.is_in(key)).sum()) for key in ("ok", "failed", "limited", "owed")}
+            correct = int((mask & right).sum())
+            rows.append(
+                GroupRow(
+                    name=name or "(none)",
+                    n=n,
+                    **of,
+                    correct=correct,
+                    accuracy=correct / n,
+                    interval=wilson_interval(correct, n),
+                    wald=wald_interval(correct, n),
+                )
+            )
+    return sorted(rows, key=lambda row: (-row.n, row.name if row.name != "(none)" else ""))
+
+
+def _kinds(results: RunLog, outcome: str) -> dict[str, int]:
+    found = counts(results.words("error_kind"), results.words("outcome").is_in(outcome))
+    named = {name or "unknown": count for name, count in found.items()}
+    return dict(sorted(named.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _segments(log: RunLog) -> list[Segment]:
+    """One row an epoch. A result's duration is that of its task and says nothing of when it was committed."""
+    epochs = log.epochs
+    rows = np.flatnonzero(log.live)
+    place = np.searchsorted(epochs, log.ints("epoch")[rows])
+    began_us = log.ints("t_start")[rows]
+    spans = np.where(log.kind(*_MARKS)[rows], 0.0, np.nan_to_num(log.numbers("duration_s")[rows]))
+    first = np.full(len(epochs), np.iinfo(np.int64).max)
+    np.minimum.at(first, place, began_us)
+    last = np.full(len(epochs), -np.inf)
+    np.maximum.at(last, place, began_us / 1e6 + spans)
+    numbers = {name: log.numbers(name)[rows] for name in WORK}
+
+    def count(mask: Mask) -> Any:
+        return np.bincount(place[mask[rows]], minlength=len(epochs))
+
+    def total(name: str, mask: Mask) -> Any:
+        chosen = mask[rows]
+        return np.bincount(place[chosen], np.nan_to_num(numbers[name][chosen]), minlength=len(epochs))
+
+    is_call = log.kind("model_call")
+    ended, results, calls = count(log.kind("run_end")), count(log.kind("result")), count(is_call)
+    tokens = total("prompt_tokens", is_call) + total("completion_tokens", is_call)
+    cost = total("cost_usd", log.kind("model_call", "retrieval", "code"))
+    return [
+        Segment(
+            int(epoch),
+            float(first[i] / 1e6),
+            float(max(0.0, last[i] - first[i] / 1e6)),
+            bool(ended[i]),
+            int(results[i]),
+            int(calls[i]),
+            int(tokens[i]),
+            float(cost[i]),
+        )
+        for i, epoch in enumerate(epochs)
+    ]
+
+
+def _totals(log: RunLog, results: RunLog, segments: list[Segment]) -> Totals:
+    calls = log.calls & log.kind("model_call")
+    turns = log.tasks & log.kind("turn")
+    paid = log.calls & log.kind("model_call", "retrieval", "code")
+
+    def total(name: str, mask: Mask) -> float:
+        return float(np.nansum(log.numbers(name)[mask]))
+
+    return Totals(
+        epochs=len(segments),
+        attempts=int((log.tasks & log.kind("attempt")).sum()),
+        turns=int(turns.sum()),
+        invalid_turns=int((turns & log.words("status").is_in("invalid")).sum()),
+        model_calls=int(calls.sum()),
+        repeated_calls=_repeated(log, calls),
+        retries=int(total("retries", calls)),
+        **{name: int(total(name, calls)) for name in WORK[:3]},
+        cost_usd=total("cost_usd", paid),
+        counted_cost_usd=float(np.nansum(results.numbers("cost_usd"))),
+        cut_prompts=int((np.nan_to_num(log.numbers("context_cut")[calls]) > 0).sum()),
+        overflows=int((log.tasks & log.kind("overflow")).sum()),
+        wall_s=sum(segment.wall_s for segment in segments),
+    )
+
+
+def _repeated(log: RunLog, calls: Mask) -> int:
+    """Successful model calls beyond the first for the same place of the same task."""
+    rows = np.flatnonzero(calls & ~log.is_error & (log.ints("call_seq") >= 0))
+    if not len(rows):
+        return 0
+    tasks = [log.words(name) for name in ("rollout_key", "judge_key")]
+    key = log.ints("call_seq")[rows]
+    for codes, size in [
+        *((words.codes[rows].astype(np.int64), len(words.names)) for words in tasks),
+        (log.ints("trial")[rows], int(log.ints("trial").max()) + 1),
+    ]:
+        key = key * size + codes
+    ordered = np.sort(key)
+    return int((ordered[1:] == ordered[:-1]).sum())
 
 
 def _state(log: RunLog) -> State:
-    epoch, ended = log.ask("select max(epoch), max(epoch) filter (kind = 'run_end') from events")[0]
-    if epoch is None:
+    if not log.live.any():
         return "empty"
-    return "ended" if ended == epoch else "not ended"
-
-
-def _groups(log: RunLog, column: Literal["category", "answer_type"]) -> list[GroupRow]:
-    return [_group(*row) for row in log.ask(_GROUPS.format(column=column))]
-
-
-def _group(name: str, n: int, ok: int, failed: int, limited: int, owed: int, correct: int) -> GroupRow:
-    interval = wilson_interval(correct, n)
-    return GroupRow(name or "(none)", n, ok, failed, limited, owed, correct, correct / n, interval)
+    ended = log.live & log.kind("run_end")
+    last = int(log.ints("epoch")[log.live].max())
+    return "ended" if (log.ints("epoch")[ended] == last).any() else "not ended"

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from itertools import pairwise
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from analysis.metrics import MetricReport
-from analysis.numbers import Interval
-from analysis.queries import ToolRow, UsageRow
+from analysis.duration import Duration
+from analysis.numbers import PERCENTILES, Histogram, Interval
 from analysis.report import sentence
-from analysis.summary import GroupRow, RunSummary, SpendRow, TaskCost
+from analysis.spending import SpendRow, TaskCost
+from analysis.summary import GroupRow, RunSummary, Segment
 from analysis.text import DASH, duration, number, percent, plain, usd
+from analysis.timing import GROUPS, PARTS, Components, Timing, TimingRow
+from analysis.usage import OTHER_WORK, ToolRow, Usage
 
 MIN_NAME_WIDTH = 17
+_UNBOUNDED = 10_000
+_FEW = ("mean", "std", "p50", "p90", "p99", "max")
+_ALL = ("mean", "std", "min", *(f"p{percent}" for percent in PERCENTILES), "max")
+
+
+class Fitting:
+    """The first of two renderables where the terminal has room for it, else the second."""
+
+    def __init__(self, wide: RenderableType, narrow: RenderableType) -> None:
+        self._wide, self._narrow = wide, narrow
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        needed = Measurement.get(console, options.update_width(_UNBOUNDED), self._wide).maximum
+        yield self._wide if needed <= options.max_width else self._narrow
 
 
 def summary_page(run: RunSummary) -> RenderableType:
@@ -26,25 +45,74 @@ def summary_page(run: RunSummary) -> RenderableType:
     parts: list[RenderableType] = [_overview(run)]
     if run.by_category:
         parts += [_groups("category", run.by_category), _groups("answer type", run.by_answer_type)]
+    if len(run.segments) > 1:
+        parts.append(_segments(run.segments))
     if run.totals.cost_usd:
         parts.append(_spending(run.spending))
     parts += [Text(f"Note: {plain(note, 200)}", style="yellow") for note in run.notes]
     return Group(*parts)
 
 
-def timing_page(tools: Sequence[ToolRow], metrics: dict[str, MetricReport]) -> RenderableType:
-    """Times, errors and cost per tool, then every metric described."""
-    return Group(tools_page(tools), _metrics(metrics)) if tools else Text("No call is in the log yet.")
+def timing_page(found: Timing) -> RenderableType:
+    """Every series described, group by group, then where a mean call goes."""
+    if not found.rows:
+        return Text(found.note)
+    groups = {name: [row for row in found.rows if row.group == name] for name in GROUPS}
+    shown = [(GROUPS[name], rows) for name, rows in groups.items() if rows]
+    pages = (
+        Group(*(_timed(title, rows, columns) for title, rows in shown), _components(found.components))
+        for columns in (_ALL, _FEW)
+    )
+    return Group(Text(plain(found.run, 120), style="bold"), Fitting(*pages))
 
 
-def usage_page(rows: Sequence[UsageRow]) -> RenderableType:
+def usage_page(found: Usage) -> RenderableType:
     """Calls per tool and model."""
-    if not rows:
-        return Text("No tool call is in the log yet.")
-    table = _table("Tool by model", ["tool", "model"], ["calls", "of the tool", "errors", "tokens", "cost"])
-    for row in rows:
-        counts = [number(row.calls), percent(row.share), number(row.errors)]
-        _add(table, [row.tool, row.model, *counts, number(row.tokens), usd(row.cost_usd)])
+    if not found.rows:
+        return Text(found.note)
+    right = ["calls", "of the tool", "of all", "success", "prompt", "cached", "completion", "cost"]
+    table = table_of("Tool by model", ["tool", "model"], right)
+    before = ""
+    for row in found.rows:
+        if before and row.tool != before and (row.tool not in OTHER_WORK or before not in OTHER_WORK):
+            table.add_section()
+        shares = [DASH if row.tool in OTHER_WORK else percent(row.share), percent(row.share_of_all)]
+        tokens = [number(value) for value in (row.prompt_tokens, row.cached_tokens, row.completion_tokens)]
+        cells = [number(row.calls), *shares, percent(row.success), *tokens, usd(row.cost_usd)]
+        add_row(table, [row.tool if row.tool != before else "", row.model or DASH, *cells])
+        before = row.tool
+    total = sum(row.cost_usd for row in found.rows)
+    return Group(Text(plain(found.run, 120), style="bold"), table, Text(f"Cost in all: {usd(total)}"))
+
+
+def duration_page(found: Duration) -> RenderableType:
+    """One pair: its percentiles, both histograms and the parts of the mean call."""
+    if found.note:
+        return Text(found.note)
+    stats = found.row.stats
+    head = [("n", number(stats.n)), ("errors", number(found.row.errors))]
+    head += [(name, f"{number(getattr(stats, name))} s") for name in ("mean", "std", "min")]
+    head += [(name, f"{number(value)} s") for name, value in found.percentiles.items()]
+    head += [("max", f"{number(stats.max)} s"), ("under 5 s", percent(stats.share_under_5s))]
+    facts = Table(box=None, show_header=False, title=Text(found.title, style="bold"), title_justify="left")
+    for name, value in head:
+        facts.add_row(Text(name, style="bold"), Text(value, justify="right"))
+    histograms = [
+        _histogram(name, histogram)
+        for name, histogram in (("Linear bins", found.row.hist_linear), ("Log bins", found.row.hist_log))
+        if histogram is not None
+    ]
+    parts = [_components(found.components)] if found.components else []
+    return Group(facts, *histograms, *parts)
+
+
+def _histogram(title: str, found: Histogram) -> Table:
+    table = table_of(title, [], ["from s", "to s", "calls", "share"])
+    table.add_column("", no_wrap=True)
+    most = max(found.percent)
+    for (low, high), count, share in zip(pairwise(found.edges), found.counts, found.percent, strict=True):
+        bar = "\N{FULL BLOCK}" * round(40 * share / most)
+        add_row(table, [number(low), number(high), number(count), percent(share / 100), bar])
     return table
 
 
@@ -52,14 +120,17 @@ def _overview(run: RunSummary) -> Table:
     account, totals = run.accounting, run.totals
     facts = [(name, plain(value, 100)) for name, value in run.facts.items() if value and name != "planned"]
     parts = [f"{getattr(account, name)} {name}" for name in ("ok", "failed", "limited", "owed", "pending")]
-    failures = ", ".join(f"{count} {kind}" for kind, count in run.failures.items())
     rows = [
-        ("state", run.state + (f", {totals.epochs} epochs" if totals.epochs > 1 else "")),
+        ("state", run.state + (f", {totals.epochs} segments" if totals.epochs > 1 else "")),
         *facts,
+        *([("only", plain(run.filters, 120))] if run.filters else []),
         ("planned", f"{account.planned} = {' + '.join(parts)}"),
         ("accuracy", f"{percent(account.accuracy)} of all planned ({account.correct} correct)"),
-        ("95% interval", f"{_interval(account.interval)} (Wilson)"),
-        ("failures", failures or "none"),
+        ("95% interval", f"{interval(account.interval)} (Wilson); {interval(account.wald)} (Wald)"),
+        ("judged", _judged(run)),
+        ("calibration", _calibration(run)),
+        ("failures", _kinds(run.failures)),
+        *([("limits", _kinds(run.limits))] if run.limits else []),
         ("cost", f"{usd(totals.cost_usd)}, of which counted results {usd(totals.counted_cost_usd)}"),
         *([("cost of a task", _task_cost(run.task_cost))] if totals.cost_usd else []),
         ("tokens", _tokens(run)),
@@ -77,19 +148,58 @@ def _overview(run: RunSummary) -> Table:
     return table
 
 
+def _judged(run: RunSummary) -> str:
+    found = run.coverage
+    how = [
+        f"{count} {name}" for count, name in ((found.by_judge, "by the judge"), (found.exact, "exact match"))
+    ]
+    how += [f"{found.empty} empty"] if found.empty else []
+    return f"{percent(found.share)} of all planned ({found.judged}: {', '.join(how)})"
+
+
+def _calibration(run: RunSummary) -> str:
+    found = run.calibration
+    if found.all_bins is None:
+        return f"{DASH} {found.note}"
+    official = (
+        f"{percent(found.official)} official (last bin left out), " if found.official is not None else ""
+    )
+    note = f" {found.note}" if found.note else ""
+    return f"error {official}{percent(found.all_bins)} over all bins (n = {found.n}).{note}"
+
+
+def _kinds(kinds: dict[str, int]) -> str:
+    return ", ".join(f"{count} {plain(kind)}" for kind, count in kinds.items()) or "none"
+
+
 def _groups(label: str, groups: Sequence[GroupRow]) -> Table:
-    counts = ["n", "correct", "failed", "limited", "owed", "accuracy", "95% interval"]
-    table = _table(f"By {label}", [label], counts)
+    counts = ["n", "correct", "failed", "limited", "owed", "accuracy", "95% Wilson", "95% Wald"]
+    table = table_of(f"By {label}", [label], counts)
     for row in groups:
         outcomes = [number(value) for value in (row.n, row.correct, row.failed, row.limited, row.owed)]
-        _add(table, [row.name, *outcomes, percent(row.accuracy), _interval(row.interval)])
+        bounds = [interval(row.interval), interval(row.wald)]
+        add_row(table, [row.name, *outcomes, percent(row.accuracy), *bounds])
+    return table
+
+
+def _segments(segments: Sequence[Segment]) -> Table:
+    table = table_of(
+        "Segments", ["epoch", "began (UTC)"], ["at work", "results", "calls", "tokens", "cost", "end"]
+    )
+    for row in segments:
+        began = datetime.fromtimestamp(row.began, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        work = [number(value) for value in (row.results, row.model_calls, row.tokens)]
+        end = "ended" if row.is_ended else "none seen"
+        add_row(table, [str(row.epoch), began, duration(row.wall_s), *work, usd(row.cost_usd), end])
     return table
 
 
 def _spending(rows: Sequence[SpendRow]) -> Table:
-    table = _table("Cost by kind and model", ["kind", "model"], ["calls", "tokens", "cost"])
+    table = table_of("Cost by kind and model", ["kind", "model"], ["calls", "tokens", "cost"])
     for row in rows:
-        _add(table, [row.kind, row.model or DASH, number(row.calls), number(row.tokens), usd(row.cost_usd)])
+        add_row(
+            table, [row.kind, row.model or DASH, number(row.calls), number(row.tokens), usd(row.cost_usd)]
+        )
     return table
 
 
@@ -101,24 +211,41 @@ def _task_cost(cost: TaskCost) -> str:
 def tools_page(rows: Sequence[ToolRow]) -> Table:
     """Calls, times, errors and cost per tool and other kind of work."""
     numbers = ["calls", "share", "errors", "mean s", "p50 s", "p90 s", "p99 s", "tokens", "cost"]
-    table = _table("Time per call (successful calls)", ["tool"], numbers)
+    table = table_of("Time per call (successful calls)", ["tool"], numbers)
     for row in rows:
         counts = [number(row.calls), percent(row.share), number(row.errors)]
         times = [number(value) for value in (row.mean_s, row.p50_s, row.p90_s, row.p99_s)]
-        _add(table, [row.name, *counts, *times, number(row.tokens), usd(row.cost_usd)])
+        add_row(table, [row.name, *counts, *times, number(row.tokens), usd(row.cost_usd)])
     return table
 
 
-def _metrics(metrics: dict[str, MetricReport]) -> Table:
-    columns = ["n", "mean", "std", "min", "p50", "p90", "p99", "max", "<5 s"]
-    table = _table("Metrics", ["metric", "unit"], columns)
-    for name, report in metrics.items():
-        values = [number(getattr(report.stats, column)) for column in columns[:-1]]
-        _add(table, [name, report.unit, *values, percent(report.stats.share_under_5s)])
+def _timed(title: str, rows: Sequence[TimingRow], columns: Sequence[str]) -> Table:
+    has_times = rows[0].unit == "s"
+    more = ["errors", "<5 s"] if has_times else []
+    table = table_of(f"{title} ({'seconds' if has_times else 'tokens'})", ["name"], ["n", *columns, *more])
+    for row in rows:
+        values = [_seconds(getattr(row.stats, column)) for column in columns]
+        rest = [number(row.errors), percent(row.stats.share_under_5s)] if has_times else []
+        add_row(table, [row.name, number(row.stats.n), *values, *rest])
     return table
 
 
-def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+def _components(rows: Sequence[Components]) -> Table:
+    used = [part for part in PARTS if any(part in row.parts for row in rows)]
+    table = table_of("Where a mean call goes (seconds)", ["call"], ["n", "mean", *used])
+    for row in rows:
+        parts = [_seconds(row.parts.get(part)) for part in used]
+        add_row(table, [row.name, number(row.calls), _seconds(row.mean_s), *parts])
+    return table
+
+
+def _seconds(value: float | None) -> str:
+    """Seconds to a tenth of a millisecond: a table of many columns has no room for more."""
+    return number(None if value is None else round(value, 4))
+
+
+def table_of(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    """An empty table with columns of names and columns of numbers."""
     table = Table(
         title=title,
         title_justify="left",
@@ -135,13 +262,14 @@ def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     return table
 
 
-def _add(table: Table, cells: Iterable[str]) -> None:
-    # Text, not str: a name with square brackets is no markup.
+def add_row(table: Table, cells: Iterable[str]) -> None:
+    """A row of cells as they are: a name with square brackets is no markup."""
     table.add_row(*(Text(plain(cell)) for cell in cells))
 
 
-def _interval(interval: Interval | None) -> str:
-    return DASH if interval is None else f"{percent(interval.low)} to {percent(interval.high)}"
+def interval(found: Interval | None) -> str:
+    """An interval of a proportion, in percent."""
+    return DASH if found is None else f"{percent(found.low)} to {percent(found.high)}"
 
 
 def _tokens(run: RunSummary) -> str:

@@ -23,6 +23,14 @@ def number(value: float | None, digits: int = 3) -> str:
     return text.rstrip("0").rstrip(".")
 
 
+def short(count: float) -> str:
+    """A large number with three significant digits and its power of ten: `630 M`, `12.3 k`."""
+    for power, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(count) >= power:
+            return f"{number(count / power)} {letter}"
+    return number(count)
+
+
 def percent(fraction: float | None) -> str:
     """A fraction as percent with one decimal; a dash for None."""
     return DASH if fraction is None else f"{100 * fraction:.1f}%"

@@ -68,9 +68,7 @@ def pass_hat(groups: Sequence[Sequence[Tried]], k: int) -> PassHatK:
     return PassHatK(k, tasks, value, clustered_interval(shares, most))
 
 
-def clustered_interval(
-    groups: Sequence[Sequence[float]], most: float, confidence: float = 0.95
-) -> Interval:
+def clustered_interval(groups: Sequence[Sequence[float]], most: float, confidence: float = 0.95) -> Interval:
     """Wilson's interval at the effective sample size, of the mean of the groups' means of shares in [0, 1].
 
     A share is that of one task, drawn at random from tasks of its group. The effective size is that of the
@@ -127,9 +125,7 @@ def _within(tasks: Sequence[Tried]) -> tuple[float, bool]:
     return fmean(c * (n - c) / (n * (n - 1)) for n, c in parts), False
 
 
-def detectable(
-    first_sd: float, second_sd: float, power: float = POWER, alpha: float = ALPHA
-) -> float:
+def detectable(first_sd: float, second_sd: float, power: float = POWER, alpha: float = ALPHA) -> float:
     """The smallest true difference that two runs with these standard deviations show with `power`."""
     z_alpha, z_power = NormalDist().inv_cdf(1 - alpha / 2), NormalDist().inv_cdf(power)
     return (z_alpha + z_power) * math.hypot(first_sd, second_sd)

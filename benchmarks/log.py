@@ -25,10 +25,10 @@ import typer
 
 from benchmarks.figures import Figure, report
 from ray_app import events
-from ray_app.compaction import COMPACTED, compact, merge, recover
+from ray_app.compaction import compact, merge, recover
 from ray_app.event_writer import EventWriter
 from ray_app.records import Event
-from ray_app.table_files import STREAM, log_files
+from ray_app.table_files import COMPACTED, STREAM, log_files
 
 Table = Literal["log", "payloads"]
 TABLES: tuple[Table, Table] = ("log", "payloads")

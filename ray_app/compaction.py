@@ -31,6 +31,7 @@ from ray_app.events import EVENT_SCHEMA, PAYLOAD_SCHEMA, event_files, payload_fi
 from ray_app.object_store import INCOMING, object_name, publish_compacted, store_of
 from ray_app.parquet_file import TEMPORARY, clear_leftovers, delete, publish, unique, write
 from ray_app.table_files import (
+    COMPACTED,
     PARQUET,
     STREAM,
     TableFiles,
@@ -43,7 +44,6 @@ from ray_app.table_files import (
 
 _log = logging.getLogger(__name__)
 
-COMPACTED = "compacted"
 MIN_FILES = 8
 _MAX_FILES = 64  # of one merge: what is merged is on disk twice for a while
 _LEVEL = re.compile(rf"{COMPACTED}-.*-L(\d+)-[0-9a-f]+")

@@ -47,6 +47,7 @@ from ray_app.progress import Display
 from ray_app.prompting import Prompts
 from ray_app.recording import Recording
 from ray_app.records import Event, EventKind, Task
+from ray_app.run_metrics import RunMetrics
 from ray_app.services import ServeConfig
 from ray_app.worker import SolverFactory
 
@@ -347,11 +348,13 @@ async def _drive(
         display.skipped(task_id)
     followed = pulse.Followed(display, work.kept)
     heart = pulse.Pulse(job.run_dir, "driver", epoch=held.epoch, figures=followed.figures)
+    meters = RunMetrics(job.run_dir, held.epoch, followed.figures)
     compactor = Compactor.start(job.run_dir, f"e{held.epoch:04d}")
     try:
         tally = await engine.run(work, make_solver, options, log=log, lease=held, watcher=followed, stop=stop)
     finally:
         display.close()
+        meters.close()
         heart.close()
         await asyncio.to_thread(compactor.stop)
     log.append(_mark("run_end", options, tally.line()))

@@ -25,7 +25,6 @@ from typing import Literal, Protocol
 
 import pyarrow as pa
 
-from ray_app.compaction import COMPACTED
 from ray_app.errors import StorageError
 from ray_app.event_rows import FIELDS, Body, Row, check, event_batch, fields_of, payload_batch
 from ray_app.events import event_files, payload_files
@@ -34,7 +33,7 @@ from ray_app.parquet_file import publish, sync_path
 from ray_app.records import Event
 from ray_app.stream_file import StreamFile, sync_all, unsynced
 from ray_app.stream_objects import StreamObjects
-from ray_app.table_files import TableFiles, log_files
+from ray_app.table_files import COMPACTED, TableFiles, log_files
 
 _log = logging.getLogger(__name__)
 

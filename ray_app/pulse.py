@@ -15,6 +15,7 @@ import resource
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -167,6 +168,8 @@ class Followed:
         self._began = clock()
         self._in_flight = self._finished = 0
         self._last_commit: float | None = None
+        self._cost_usd = 0.0
+        self._failures = Counter[str]()
 
     def started(self, item: WorkItem) -> None:
         self._in_flight += 1
@@ -176,13 +179,17 @@ class Followed:
         self._tally, self._last_commit = tally, self._clock()
         self._in_flight -= 1
         self._finished += 1
+        self._cost_usd += result.cost_usd
+        if result.error_kind is not None:
+            self._failures[result.error_kind] += 1
         self._shown.committed(result, tally)
 
     def tick(self) -> None:
         self._shown.tick()
 
     def figures(self) -> dict[str, Any]:
-        """Tasks planned, by outcome and in flight; rate per minute; seconds to the end; last commit."""
+        """Tasks planned, by outcome and in flight; rate per minute; seconds to the end; last commit; dollars
+        and kinds of error of the results of this command."""
         elapsed_s, tally = self._clock() - self._began, self._tally
         rate = self._finished / elapsed_s if elapsed_s > 0 else 0.0
         return {
@@ -193,6 +200,8 @@ class Followed:
             "per_min": 60 * rate,
             "eta_s": tally.pending / rate if rate else None,
             "last_commit": self._last_commit,
+            "cost_usd": self._cost_usd,
+            "failures": dict(self._failures),
         }
 
 

@@ -23,9 +23,10 @@ from ray_app.errors import StorageError
 from ray_app.object_store import refresh
 
 STREAM, PARQUET = ".arrows", ".parquet"
+COMPACTED = "compacted"  # how the names of merged files begin: doubles were dropped from them
 _BATCH_ROWS, _BATCH_BYTES = 65_536, 16 << 20
-_RELIST_S, _RELIST_PAUSE_S = 90.0, 0.05  # longer than file systems keep a listing
-_GONE = {errno.ENOENT, errno.ESTALE}
+RELIST_S, RELIST_PAUSE_S = 90.0, 0.05  # longer than file systems keep a listing
+GONE = {errno.ENOENT, errno.ESTALE}
 
 # By column, the values of the rows that are asked for.
 Where = Mapping[str, Collection[Any]]
@@ -62,7 +63,7 @@ def log_files(folder: Path) -> list[Path]:
 def snapshot(files: TableFiles, schema: pa.Schema, where: Where | None = None) -> Iterator[pa.RecordBatch]:
     """Batches of `schema` over all files of a table, each key once; relists when a file vanishes."""
     seen, done, gone = set[str](), set[Path](), set[Path]()
-    give_up = time.monotonic() + _RELIST_S
+    give_up = time.monotonic() + RELIST_S
     paths = log_files(files.folder)
     while paths:
         gone.clear()
@@ -74,7 +75,7 @@ def snapshot(files: TableFiles, schema: pa.Schema, where: Where | None = None) -
         if still := gone.intersection(listed):  # a shared folder's listing lags behind
             if time.monotonic() > give_up:
                 raise StorageError(f"cannot read {min(still)}: it is listed, but it is not there")
-            time.sleep(_RELIST_PAUSE_S)
+            time.sleep(RELIST_PAUSE_S)
         # A stream is read again: its writer may have gone on to a next part, which is listed now.
         paths = [path for path in listed if path.suffix == STREAM or path not in done]
 
@@ -178,7 +179,7 @@ def _read_file(
         for batch in found:
             yield batch if picked is None else batch.filter(picked.rows(batch))
     except OSError as error:
-        if error.errno not in _GONE:
+        if error.errno not in GONE:
             raise StorageError(f"cannot read {path}: {error}") from error
         gone.add(path)
     except pa.ArrowException as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.queries import open_run
+from analysis.log import open_run
 from analysis.summary import summarise
 from ray_app import recorded
 from ray_app.chat import ChatRequest, Router

@@ -189,7 +189,8 @@ def test_the_driver_says_how_far_it_is_and_when_it_ends(tmp_path: Path) -> None:
         followed.started(WorkItem(TASK, 0))
     now[0] = 130.0
     tally.counts["failed"] += 1
-    followed.committed(TaskResult("t", "r", "j", 0, 1, "failed"), tally)
+    failed = TaskResult("t", "r", "j", 0, 1, "failed", error_kind="model", cost_usd=0.5)
+    followed.committed(failed, tally)
     followed.tick()
     assert followed.figures() == {
         "planned": 10,
@@ -202,6 +203,8 @@ def test_the_driver_says_how_far_it_is_and_when_it_ends(tmp_path: Path) -> None:
         "per_min": 2.0,
         "eta_s": 150.0,
         "last_commit": 130.0,
+        "cost_usd": 0.5,
+        "failures": {"model": 1},
     }
     assert shown.seen == ["started", "started", "started", "committed", "tick"]
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from analysis.agreement import Pair, agreement
-from analysis.queries import open_run
+from analysis.log import open_run
 from analysis.summary import RunSummary, summarise
 from ray_app import engine, events, opinions, rejudge, rundir
 from ray_app.baseline.server import ServerSettings

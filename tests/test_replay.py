@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from analysis.queries import open_run
+from analysis.log import open_run
 from analysis.summary import summarise
 from ray_app import events
 from ray_app.planning import Key

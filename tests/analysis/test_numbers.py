@@ -12,12 +12,14 @@ import pytest
 from scipy import stats
 
 from analysis.numbers import (
+    PERCENTILES,
     Counted,
     accounting,
     describe,
     linear_histogram,
     log_histogram,
     pass_hat_k,
+    quantiles,
     wald_interval,
     wilson_interval,
 )
@@ -62,9 +64,23 @@ def test_describe_agrees_with_the_standard_library() -> None:
     assert summary.mean == pytest.approx(statistics.fmean(SAMPLE))
     assert summary.std == pytest.approx(statistics.stdev(SAMPLE))
     assert (summary.min, summary.max) == (min(SAMPLE), max(SAMPLE))
-    for percent in (1, 10, 25, 50, 75, 90, 95, 99):
+    for percent in PERCENTILES:
         assert getattr(summary, f"p{percent}") == pytest.approx(cuts[percent - 1])
     assert summary.share_under_5s == pytest.approx(sum(value < 5 for value in SAMPLE) / len(SAMPLE))
+
+
+@pytest.mark.parametrize("n", [2, 3, 10, 1000, 4001])
+def test_figures_agree_with_numpy_and_scipy_to_nine_digits(n: int) -> None:
+    values = np.random.default_rng(n).lognormal(1.0, 2.0, n)
+    summary, expected = describe(values), stats.describe(values)
+    assert (summary.min, summary.max) == expected.minmax
+    assert summary.mean == pytest.approx(expected.mean, rel=1e-12)
+    assert summary.std == pytest.approx(math.sqrt(expected.variance), rel=1e-9)
+    grid = np.linspace(0, 1, 201)
+    assert quantiles(values, grid) == pytest.approx(np.quantile(values, grid), rel=1e-9)
+    for percent in PERCENTILES:
+        value = stats.mstats.mquantiles(values, [percent / 100], alphap=1, betap=1)[0]
+        assert getattr(summary, f"p{percent}") == pytest.approx(value, rel=1e-9)
 
 
 def test_describe_of_none_and_of_one_value() -> None:
@@ -154,7 +170,7 @@ def test_accounting_balances_and_counts_only_right_answers_that_are_ok() -> None
     assert parts == (2, 1, 1, 1, 3)
     assert sum(parts) == account.planned
     assert (account.correct, account.accuracy) == (1, 1 / 8)
-    assert account.interval == wilson_interval(1, 8)
+    assert (account.interval, account.wald) == (wilson_interval(1, 8), wald_interval(1, 8))
 
 
 def test_accounting_of_nothing_has_no_accuracy_and_too_many_results_are_refused() -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from analysis.numbers import wilson_interval
-from analysis.queries import open_run
+from analysis.log import open_run
+from analysis.numbers import wald_interval, wilson_interval
+from analysis.selection import Selection
 from analysis.summary import RunSummary, summarise
 from ray_app.records import Event
 from tests.analysis.runs import event, model_call, result, run_start, write_run
@@ -110,6 +111,62 @@ def test_more_results_than_planned_gets_a_note(tmp_path: Path) -> None:
 def test_an_empty_log_is_a_state_of_its_own(tmp_path: Path) -> None:
     run = summary_of(tmp_path)
     assert (run.state, run.accounting.accuracy, run.totals.wall_s) == ("empty", None, 0.0)
+
+
+def test_the_score_says_how_it_was_judged_and_how_sure_it_was(tmp_path: Path) -> None:
+    sure: dict[str, Any] = {"confidence": 0.75, "verdict_method": "judge"}
+    run = summary_of(
+        tmp_path,
+        run_start(5),
+        result("a", "ok", True, **sure),
+        result("b", "ok", False, **sure),
+        result("c", "ok", True, verdict_method="exact"),
+        result("d", "limited", error_kind="limit"),
+        result("e", "owed"),
+    )
+    found = run.coverage
+    assert (found.judged, found.by_judge, found.exact, found.empty, found.share) == (3, 2, 1, 0, 0.6)
+    assert (run.calibration.n, run.calibration.all_bins, run.calibration.official) == (2, 0.25, None)
+    assert "needs 200" in run.calibration.note
+    assert run.limits == {"limit": 1}
+    assert run.accounting.wald == wald_interval(2, 5)
+
+
+def test_each_segment_has_its_row_and_the_score_is_of_all(tmp_path: Path) -> None:
+    later: dict[str, Any] = {"epoch": 2, "at_s": 100.0}
+    rows = [
+        run_start(2, trials=1),
+        model_call("orchestrator", prompt_tokens=5, cost_usd=1.0),
+        result("a", "ok", True),
+        event("run_start", detail='{"planned": 2}', **later),
+        model_call("orchestrator", prompt_tokens=7, cost_usd=2.0, **later),
+        result("b", "ok", True, **later),
+        event("run_end", epoch=2, at_s=103.0),
+    ]
+    run = summary_of(tmp_path, *rows)
+    assert [(row.epoch, row.is_ended, row.results, row.tokens, row.cost_usd) for row in run.segments] == [
+        (1, False, 1, 5, 1.0),
+        (2, True, 1, 7, 2.0),
+    ]
+    assert [row.wall_s for row in run.segments] == pytest.approx([1.0, 3.0])
+    # The last segment is what other commands look at; a score is the run's.
+    log = open_run(tmp_path / "run", Selection())
+    assert summarise(log).accounting.correct == 2
+
+
+def test_a_trial_or_a_category_alone_is_scored_over_its_own_tasks(tmp_path: Path) -> None:
+    rows = [
+        run_start(4, trials=2),
+        result("a", "ok", True, category="Math"),
+        result("a", "ok", False, category="Math", trial=1),
+        result("b", "ok", True, category="Law"),
+    ]
+    run = write_run(tmp_path / "run", rows)
+    one = summarise(open_run(run, Selection(trials=(1,))))
+    assert (one.accounting.planned, one.accounting.correct, one.accounting.pending) == (2, 0, 1)
+    math = summarise(open_run(run, Selection(categories=("Math",))))
+    assert (math.accounting.planned, math.accounting.correct) == (2, 1)
+    assert "trials of a task as independent" in summarise(open_run(run)).notes[0]
 
 
 def test_spending_is_told_by_kind_and_model_and_prompts_that_were_cut_are_counted(tmp_path: Path) -> None:

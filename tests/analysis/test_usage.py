@@ -1,4 +1,4 @@
-"""The tables of a run, each expectation worked out by hand from a few events."""
+"""Who was called how often, with which success, for how much: worked out by hand from a few events."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from analysis.metrics import METRICS, describe_metrics, metric_values
-from analysis.queries import RunLog, ToolRow, open_run, tool_table, usage_table
+from analysis.log import RunLog, open_run
+from analysis.selection import Selection
+from analysis.usage import ToolRow, tool_table, usage
 from ray_app.errors import RunDirError
 from ray_app.records import Event
 from tests.analysis.runs import event, model_call, tool_call, write_run
@@ -39,6 +40,7 @@ def test_a_failed_call_counts_as_an_error_and_not_as_a_fast_call(tmp_path: Path)
     assert (search.mean_s, search.p50_s) == (3.0, 3.0)
     assert search.p90_s == pytest.approx(3.8)
     assert search.p99_s == pytest.approx(3.98)
+    assert usage(log).rows[0].success == pytest.approx(2 / 3)
 
 
 def test_a_tool_whose_calls_all_failed_has_no_times(tmp_path: Path) -> None:
@@ -54,7 +56,7 @@ def test_replayed_rows_count_nowhere(tmp_path: Path) -> None:
     log = opened(tmp_path, *once, *again)
     row = rows_by_name(log)["search"]
     assert (row.calls, row.mean_s, row.tokens, row.cost_usd) == (1, 2.0, 15, 0.5)
-    assert [(use.calls, use.tokens) for use in usage_table(log)] == [(1, 15)]
+    assert [(use.calls, use.tokens) for use in usage(log).rows] == [(1, 15)]
 
 
 def test_each_kind_of_work_has_its_row_in_a_fixed_order(tmp_path: Path) -> None:
@@ -77,53 +79,29 @@ def test_each_kind_of_work_has_its_row_in_a_fixed_order(tmp_path: Path) -> None:
     assert (by_name["code"].calls, by_name["code"].errors, by_name["code"].mean_s) == (2, 1, 0.7)
     assert by_name["judge"].tokens == 101
     assert by_name["retrieval"].cost_usd == 0.008
+    assert sum(row.cost_usd for row in usage(log).rows) == 0.008
 
 
 def test_an_experts_tokens_belong_to_its_tool_even_if_the_tool_call_never_ended(tmp_path: Path) -> None:
     log = opened(tmp_path, expert_call(prompt_tokens=7, cost_usd=0.25))
     (row,) = tool_table(log)
     assert (row.name, row.calls, row.share, row.tokens, row.cost_usd) == ("search", 0, 0.0, 7, 0.25)
-    (use,) = usage_table(log)
-    assert (use.tool, use.model, use.calls, use.share, use.cost_usd) == ("search", "m", 0, 0.0, 0.25)
+    (use,) = usage(log).rows
+    assert (use.tool, use.model, use.calls, use.share, use.success) == ("search", "m", 0, 0.0, None)
+    assert use.cost_usd == 0.25
 
 
 def test_model_names_are_compared_whole(tmp_path: Path) -> None:
     calls = [("search", "gpt-5-mini")] * 1 + [("search", "gpt-5")] * 3 + [("answer", "gpt-5")]
     log = opened(tmp_path, *(tool_call(tool, 1.0, model=model) for tool, model in calls))
-    found = [(row.tool, row.model, row.calls, row.share) for row in usage_table(log)]
+    found = [(row.tool, row.model, row.calls, row.share, row.share_of_all) for row in usage(log).rows]
     assert found == [
-        ("search", "gpt-5", 3, 0.75),
-        ("search", "gpt-5-mini", 1, 0.25),
-        ("answer", "gpt-5", 1, 1.0),
+        ("search", "gpt-5", 3, 0.75, 0.6),
+        ("search", "gpt-5-mini", 1, 0.25, 0.2),
+        ("answer", "gpt-5", 1, 1.0, 0.2),
     ]
-
-
-def test_metrics_are_in_their_units_and_totals_need_both_parts(tmp_path: Path) -> None:
-    log = opened(
-        tmp_path,
-        tool_call("search", 2.5),
-        tool_call("answer", 4.0),
-        model_call("orchestrator", 9.0, prefill_s=0.5, decode_s=1.0, prompt_tokens=30, completion_tokens=4),
-        model_call("orchestrator", 9.0, prefill_s=0.25, prompt_tokens=50),
-        model_call("judge", 9.0, prefill_s=9.0, decode_s=9.0, prompt_tokens=9, completion_tokens=9),
-        model_call("orchestrator", 9.0, prefill_s=9.0, decode_s=9.0, status="error"),
-    )
-    values = {metric.name: sorted(metric_values(log, metric).tolist()) for metric in METRICS}
-    assert values == {
-        "tool_all": [2500, 4000],
-        "tool_enhance_reasoning": [],
-        "tool_search": [2500],
-        "tool_answer": [4000],
-        "llm_infer_ms": [1500],
-        "llm_prefill_ms": [250, 500],
-        "llm_decode_ms": [1000],
-        "llm_prefill_tokens": [30, 50],
-        "llm_decode_tokens": [4],
-        "llm_total_tokens": [34],
-    }
-    reports = describe_metrics(log)
-    assert reports["tool_all"].stats.share_under_5s == 1.0
-    assert reports["llm_total_tokens"].stats.share_under_5s is None
+    only = usage(open_run(tmp_path / "run", Selection(models=("gpt-5",)))).rows
+    assert [(row.tool, row.calls) for row in only] == [("search", 3), ("answer", 1)]
 
 
 def test_questions_see_one_snapshot_while_the_run_goes_on(tmp_path: Path) -> None:

@@ -1,0 +1,242 @@
+"""One task's whole story, from its rows in the log: attempts, turns, and what every call was and gave.
+
+Ids are compared with the log's, never used as a path. Prompts are no part of a story: the log does not hold
+them, since they follow from what the calls before gave.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from analysis.text import plain
+from ray_app import events, extract, journal
+from ray_app.errors import UserError
+
+SHOWN_CANDIDATES = 5
+# What a tool reads from the reply of its expert.
+READ = {"search": "query", "enhance_reasoning": "program", "answer": "answer"}
+_TIMES = ("queue_s", "prefill_s", "decode_s")
+_COUNTS = ("prompt_tokens", "cached_tokens", "completion_tokens", "cost_usd", "local_hits", "web_hits")
+_ENDS = ("exit_status", "outcome", "is_correct", "verdict_method", "confidence", "search_backend", "detail")
+_NAMES = ("kind", "role", "tool", "alias", "model", "endpoint", "status", "error_kind", "error")
+_COLUMNS = [
+    *("task_id", "rollout_key", "category", "answer_type", "worker", "trial", "epoch", "attempt", "turn"),
+    *("call_seq", "t_start", "duration_s", "retries", "is_replayed", "payload_hash"),
+    *(*_NAMES, *_TIMES, *_COUNTS, *_ENDS),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A text that a call gave: `name` says what of it (reply, program, stdout, hit 1, ...)."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One row of the log about a turn; `at_s` counts from the start of the attempt.
+
+    `facts` are the columns that this kind of row has, by name. `is_replayed`: it stood in the record of an
+    earlier attempt, and nothing was asked again.
+    """
+
+    kind: str
+    role: str
+    tool: str
+    alias: str
+    model: str
+    endpoint: str
+    status: str
+    error_kind: str
+    error: str
+    at_s: float
+    duration_s: float
+    retries: int
+    is_replayed: bool
+    facts: Mapping[str, Any]
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What was done in one turn, in the order of time; `number` is -1 before and after the rollout."""
+
+    number: int
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One attempt at one trial; `t_start` is Unix seconds."""
+
+    trial: int
+    epoch: int
+    attempt: int
+    worker: str
+    t_start: float
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """Everything that the log has of a task; the oldest attempt of the first trial first."""
+
+    task_id: str
+    rollout_key: str
+    category: str
+    answer_type: str
+    attempts: tuple[Attempt, ...]
+
+
+def story_of(run_dir: Path, asked: str, trial: int | None = None) -> Story:
+    """The story of the task whose id is `asked`, or begins with it, as its rollout key may.
+
+    Raises UserError where no task, or more than one, is meant, RunDirError where there is no run.
+    """
+    rows = _rows(run_dir, "task_id", asked) or _rows(run_dir, *_meant(run_dir, asked))
+    if trial is not None:
+        tried = sorted({row["trial"] for row in rows})
+        rows = [row for row in rows if row["trial"] == trial]
+        if not rows:
+            raise UserError(f"task {plain(asked)!r} has no trial {trial}; expected one of {tried}")
+    bodies = _bodies(run_dir, rows)
+    rows.sort(key=lambda row: (row["trial"], row["epoch"], row["attempt"], row["t_start"]))
+    first = rows[0]
+    attempts = groupby(rows, key=lambda row: (row["trial"], row["epoch"], row["attempt"]))
+    return Story(
+        **{name: first[name] or "" for name in ("task_id", "rollout_key", "category", "answer_type")},
+        attempts=tuple(_attempt(list(group), bodies) for _, group in attempts),
+    )
+
+
+def _rows(run_dir: Path, column: str, value: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = (
+        events.read(run_dir, _COLUMNS, where={column: {value}}).read_all().to_pylist()
+    )
+    return found
+
+
+def _meant(run_dir: Path, asked: str) -> tuple[str, str]:
+    """The column and the whole value of which `asked` is the beginning."""
+    names = {"task_id": set[str](), "rollout_key": set[str]()}
+    for batch in events.read(run_dir, list(names)):
+        for name, values in names.items():
+            values.update(pc.unique(batch[name]).to_pylist())
+    for name, values in names.items():
+        found = sorted(value for value in values if value and asked and value.startswith(asked))
+        if len(found) == 1:
+            return name, found[0]
+        if found:
+            shown = ", ".join(plain(value, 40) for value in found[:SHOWN_CANDIDATES])
+            more = f" and {len(found) - SHOWN_CANDIDATES} more" if len(found) > SHOWN_CANDIDATES else ""
+            raise UserError(f"task {plain(asked)!r} could be {shown}{more}; expected one id or more of it")
+    raise UserError(
+        f"no task {plain(asked)!r} in {run_dir}; expected an id of this run or its beginning "
+        f"({len(names['task_id'] - {''})} tasks are in its log)"
+    )
+
+
+def _bodies(run_dir: Path, rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Payloads of the rows, and the texts of documents that they name."""
+    rows = [row for row in rows if row["payload_hash"]]
+    bodies = events.read_payloads(run_dir, {row["payload_hash"] for row in rows})
+    named = set[str]()
+    for row in rows:
+        if row["kind"] == "retrieval" and row["payload_hash"] in bodies:
+            named |= journal.named_texts(bodies[row["payload_hash"]])
+    return bodies | events.read_payloads(run_dir, named) if named else bodies
+
+
+def _attempt(rows: Sequence[Mapping[str, Any]], bodies: Mapping[str, str]) -> Attempt:
+    first = rows[0]
+    start = first["t_start"].timestamp()
+    # The result is the end of the story, though it stands in no turn of it.
+    turns = groupby(rows, key=lambda row: -1 if row["kind"] == "result" else row["turn"])
+    return Attempt(
+        trial=first["trial"],
+        epoch=first["epoch"],
+        attempt=first["attempt"],
+        worker=first["worker"] or "",
+        t_start=start,
+        turns=tuple(
+            Turn(number, tuple(_step(row, start, bodies) for row in group)) for number, group in turns
+        ),
+    )
+
+
+def _step(row: Mapping[str, Any], start: float, bodies: Mapping[str, str]) -> Step:
+    facts = {name: row[name] for name in (*_TIMES, *_COUNTS, *_ENDS) if row[name] not in (None, "")}
+    return Step(
+        **{name: row[name] or "" for name in _NAMES},
+        at_s=max(0.0, row["t_start"].timestamp() - start),
+        duration_s=row["duration_s"],
+        retries=row["retries"] or 0,
+        is_replayed=bool(row["is_replayed"]),
+        facts=facts,
+        pieces=tuple(_pieces(row, bodies)),
+    )
+
+
+def _pieces(row: Mapping[str, Any], bodies: Mapping[str, str]) -> list[Piece]:
+    """What the payload of a row says, by the kind of the row; the payload as it is where it is unknown."""
+    body = bodies.get(row["payload_hash"] or "")
+    if body is None:
+        return []
+    try:
+        value = json.loads(body)
+        readers = {"model_call": _of_reply, "retrieval": _of_hits, "code": _of_run, "result": _of_result}
+        return readers[row["kind"]](value, row, bodies)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return [Piece("payload", body)]
+
+
+def _nothing(text: str) -> str:
+    return ""
+
+
+_READERS: dict[str, Callable[[str], str | None]] = {
+    "search": lambda text: extract.tagged(text, "query"),
+    "enhance_reasoning": extract.program,
+    "answer": extract.answer,
+}
+
+
+def _of_reply(value: Any, row: Mapping[str, Any], bodies: Mapping[str, str]) -> list[Piece]:
+    content = str(value["content"])
+    pieces = [Piece("reply", content)] if content.strip() else []
+    pieces += [Piece("chose", f"{call['name']} {call['arguments']}") for call in value.get("tool_calls", ())]
+    if row["role"] == "expert" and (text := _READERS.get(row["tool"], _nothing)(content)):
+        pieces.append(Piece(READ[row["tool"]], text))
+    return pieces
+
+
+def _of_hits(value: Any, row: Mapping[str, Any], bodies: Mapping[str, str]) -> list[Piece]:
+    hits = value["hits"] if isinstance(value, dict) else value
+    return [
+        Piece(
+            f"hit {place} ({hit['source']}, document {hit['document_id']}, {hit['score']:.3f})",
+            bodies.get(hit["text"], "(its text is not in the log)"),
+        )
+        for place, hit in enumerate(hits, 1)
+    ]
+
+
+def _of_run(value: Any, row: Mapping[str, Any], bodies: Mapping[str, str]) -> list[Piece]:
+    ending = [Piece("stopped", "at its time limit")] if value["is_timed_out"] else []
+    return ending + [Piece(name, value[name]) for name in ("stdout", "stderr") if value[name].strip()]
+
+
+def _of_result(value: Any, row: Mapping[str, Any], bodies: Mapping[str, str]) -> list[Piece]:
+    verdict = value.get("verdict") or {}
+    words = [("prediction", value.get("prediction", ""))]
+    words += [(name, verdict.get(name, "")) for name in ("extracted", "reasoning")]
+    return [Piece(name, str(text)) for name, text in words if text]
