@@ -6,10 +6,11 @@ Made from the event log, so only what counts is there, and a resumed or interrup
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ray_app import events, object_store, rundir
+from ray_app.records import Task
 from ray_app.tau2.config import Tau2Config
 from ray_app.tau2.run import CRITERIA, Tau2Job
 
@@ -27,7 +28,7 @@ def export(job: Tau2Job) -> list[str]:
     for domain in job.config.domains:
         listed = [run for category, run in found if category == domain]
         path = folder / f"{domain}.json"
-        rundir.write_json(path, _results(job, domain, listed))
+        rundir.write_json(path, results_json(job.config, job.tasks, domain, listed))
         lines.append(f"Simulations of {domain}: {len(listed)} in {object_store.place(job.run_dir)}/{FOLDER}")
     object_store.push(job.run_dir, [FOLDER])
     return lines
@@ -62,12 +63,14 @@ def _age(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return row["epoch"], row["attempt"]
 
 
-def _results(job: Tau2Job, domain: str, listed: list[dict[str, Any]]) -> dict[str, Any]:
-    """tau2's `Results`."""
-    tasks = [task for task in job.tasks if task.category == domain]
+def results_json(
+    config: Tau2Config, tasks: Iterable[Task], domain: str, listed: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """tau2's `Results` of a domain: the settings, the tasks, and their simulations."""
+    own = [task for task in tasks if task.category == domain]
     return {
-        "info": _info(job.config, domain),
-        "tasks": [{**json.loads(task.question), CRITERIA: json.loads(task.answer)} for task in tasks],
+        "info": _info(config, domain),
+        "tasks": [{**json.loads(task.question), CRITERIA: json.loads(task.answer)} for task in own],
         "simulations": listed,
     }
 

@@ -174,9 +174,8 @@ class Tau2Solver:
         """Raises LimitReached for a dialogue that a limit ended: the reward of such a one is 0."""
         spec, domain = spec_of(task), self.domains[task.category]
         dialogue = await self._dialogue(spec, domain, journal)
-        journal.guard = partial(
-            check_spent, self.config.limits
-        )  # of the dialogue; the judge is no part of it
+        # Of the dialogue; the judge is no part of it.
+        journal.guard = partial(check_spent, self.config.limits)
         try:
             simulation = await in_time(dialogue.run(domain.name), self.config.limits, "end")
         except LimitReached:

@@ -45,6 +45,9 @@ async def test_each_part_counts_only_where_the_task_says_so() -> None:
         other = spec("licence_seats", evaluation_criteria=criteria | {"reward_basis": basis})
         assert evaluate(DESK, other, silent).value == value
     assert evaluate(DESK, spec("licence_seats", evaluation_criteria=None), silent).value == 1.0
+    acting = spec("licence_seats", evaluation_criteria=criteria | {"reward_basis": ["ACTION"]})
+    half = replace(silent, entries=silent.entries[:4])  # one of its two gold calls
+    assert [evaluate(DESK, acting, each).value for each in (silent, half)] == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("reason", ["max_steps", "timeout", "too_many_errors", "agent_error", "user_error"])

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from ray_app.tau2.dialogue import Answered, Call, Said, exchanges, heard_by
+from ray_app.chat import ChatRequest, as_openai
+from ray_app.config import Sampling
+from ray_app.tau2.dialogue import Answered, Call, Said, chat, exchanges, heard_by
 from ray_app.tau2.domain import ReplayError
 from ray_app.tau2.gold import GoldScript
 from ray_app.tau2.loop import Rules
 from ray_app.tau2.simulation import USER_STOPS
-from ray_app.tau2.tasks import Action
+from ray_app.tau2.tasks import Action, Assertion, InitialState
+from ray_app.tools.base import what_is_asked
 from tests.stand_ins import MemoryLog
 from tests.tau2.desk import DESK, RAW, spec
 from tests.tau2.replays import content, replayed
@@ -134,3 +138,48 @@ def test_every_task_of_the_splits_is_there() -> None:
     splits = {name: [raw["id"] for raw in DESK.tasks(name)] for name in ("base", "train", "test")}
     assert splits["base"] == list(RAW) and len(RAW) == 20
     assert sorted(splits["train"] + splits["test"]) == sorted(RAW)
+
+
+def test_what_one_side_has_follows_what_the_other_side_does() -> None:
+    environment = DESK.environment()
+    scene = {
+        "env_type": "user",
+        "func_name": "set_scene",
+        "arguments": {"owner_id": "E104", "vpn": "connected"},
+    }
+    environment.initialise(InitialState.model_validate({"initialization_actions": [scene]}))
+    connected = Assertion(env_type="user", func_name="assert_vpn", arguments={"expected": "connected"})
+    assert not environment.holds(connected)  # the owner's profile has expired
+    before = environment.state_hash()
+    for call in (
+        Call("1", "renew_vpn_profile", {"employee_id": "E104"}),
+        Call("2", "connect_vpn", {}, "user"),
+    ):
+        assert not environment.call(call).is_error
+    assert environment.holds(connected) and environment.state_hash() != before
+
+
+def test_tool_calls_and_their_answers_are_part_of_what_a_model_is_asked_and_sent() -> None:
+    said = Said("assistant", calls=(Call("c1", "get_ticket", {"ticket_id": "T-2001"}),))
+    asked = chat("assistant", "policy", [said, Answered("c1", "open"), Said("user", "And?")])
+    assert [as_openai(message) for message in asked[1:]] == [
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {
+                    "id": "c1",
+                    "type": "function",
+                    "function": {"name": "get_ticket", "arguments": '{"ticket_id": "T-2001"}'},
+                }
+            ],
+        },
+        {"role": "tool", "content": "open", "tool_call_id": "c1"},
+        {"role": "user", "content": "And?"},
+    ]
+    request = ChatRequest("m", asked, Sampling())
+    other = replace(asked[1], tool_calls=(replace(asked[1].tool_calls[0], arguments="{}"),))
+    assert what_is_asked(request) != what_is_asked(replace(request, messages=(asked[0], other, *asked[2:])))
+    elsewhere = replace(asked[2], tool_call_id="c2")
+    changed = replace(request, messages=(*asked[:2], elsewhere, asked[3]))
+    assert what_is_asked(request) != what_is_asked(changed)

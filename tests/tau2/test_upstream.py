@@ -7,17 +7,20 @@ from typing import Any
 
 import pytest
 
-from ray_app.errors import ConfigError
+from ray_app.errors import ConfigError, JudgeError
 from ray_app.tau2 import upstream
 from ray_app.tau2.domain import Schema
 from ray_app.tau2.evaluate import evaluate
+from ray_app.tau2.export import results_json
 from ray_app.tau2.gold import GoldScript
 from ray_app.tau2.loop import Rules
 from ray_app.tau2.results import simulation_json
+from ray_app.tau2.run import task_of
 from ray_app.tau2.service_desk.domain import ServiceDesk
 from ray_app.tau2.simulation import Simulation
 from ray_app.tau2.tasks import Action, TaskSpec
 from ray_app.tau2.upstream import UpstreamDomain, UpstreamEnvironment
+from tests.tau2.desk import config
 from tests.tau2.replays import PROMPTS, content, replayed
 from tests.tau2.upstream_marks import UPSTREAM
 
@@ -95,13 +98,27 @@ async def test_the_service_desk_loads_into_tau2_and_is_rewarded_alike() -> None:
 
 
 async def test_tau2_reads_our_results() -> None:
-    domain = UpstreamDomain("mock")
-    spec = TaskSpec.model_validate(domain.tasks("base")[0])
+    domain = UpstreamDomain("telecom")
+    raw = domain.tasks("base")[0]
+    spec = TaskSpec.model_validate(raw)
     simulation = await replayed(domain, spec, GoldScript.of(spec))
-    written = json.dumps(simulation_json(simulation, domain.reward(spec, simulation, "")))
-    run = upstream.read_simulation(written)
+    written = simulation_json(simulation, domain.reward(spec, simulation, ""))
+    settings = config(domains=["telecom"])
+    results = results_json(settings, [task_of("telecom", raw)], "telecom", [written])
+    read = upstream.read_results(json.dumps(results))
+    (run,) = read.simulations
     assert (run.reward_info.reward, run.termination_reason.value) == (1.0, "user_stop")
     assert [message.turn_idx for message in run.messages] == list(range(len(simulation.entries)))
+    assert (read.tasks[0].id, read.info.max_steps) == (raw["id"], 200)
+
+
+async def test_an_evaluator_that_fails_leaves_the_reward_owed() -> None:
+    domain = UpstreamDomain("mock")
+    raw = next(raw for raw in domain.tasks("base") if raw["id"] == "create_task_1_with_env_assertions")
+    spec = TaskSpec.model_validate(raw)
+    nothing_done = await replayed(domain, spec, GoldScript([]))
+    with pytest.raises(JudgeError, match=r"tau2's evaluator: ValueError: Task task_2 not found"):
+        domain.reward(spec, nothing_done, "")
 
 
 def test_an_unknown_domain_is_one_line() -> None:
