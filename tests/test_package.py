@@ -21,7 +21,14 @@ DATA = [
     "examples.json",
     ".venv/lib/module.py",
 ]
-CODE = ["ray_app/sample/questions.jsonl", "jobs/hle.py", "serve_config.yaml", "ray_app/prompts/search.txt"]
+CODE = [
+    "ray_app/sample/questions.jsonl",
+    "jobs/hle.py",
+    "serve_config.yaml",
+    "ray_app/prompts/search.txt",
+    "ray_app/tau2/service_desk/tasks.json",
+    "ray_app/tau2/service_desk/policy.md",
+]
 
 
 def test_an_upload_holds_the_code_and_no_data(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ class Tau2Solver:
     async def solve(self, task: Task, journal: Journal) -> Solved:
         """Raises LimitReached for a dialogue that a limit ended: the reward of such a one is 0."""
         spec, domain = spec_of(task), self.domains[task.category]
-        dialogue = await self._dialogue(spec, domain, journal)
+        dialogue = await self.dialogue(spec, domain, journal)
         # Of the dialogue; the judge is no part of it.
         journal.guard = partial(check_spent, self.config.limits)
         try:
@@ -194,7 +194,8 @@ class Tau2Solver:
             )
         return Solved(simulation.reason, self._verdict(simulation, reward, journal))
 
-    async def _dialogue(self, spec: TaskSpec, domain: Domain, journal: Journal) -> Dialogue:
+    async def dialogue(self, spec: TaskSpec, domain: Domain, journal: Journal) -> Dialogue:
+        """The dialogue of a task before its first message."""
         config = self.config
         rules = Rules(config.limits.max_steps, config.limits.max_errors, config.solo)
         async with self.computing:

@@ -415,10 +415,10 @@ def _translated(kit: Toolkit) -> Any:
 
 
 def freeze() -> None:
-    """What is loaded now stays, and the garbage collector looks less often at what comes.
+    """What is loaded now stays, and the collector looks less often at what comes.
 
-    An airline environment is some hundred thousand objects: with eight of them alive, the collector's looks at
-    each other took as long as the building itself (229 ms a build, then 107).
+    An airline environment is some hundred thousand objects. With eight of them alive, looking at them took as
+    long as building one (229 ms in all, and 107 so).
     """
     gc.collect()
     gc.freeze()

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from ray_app.chat import ChatRequest, as_openai
 from ray_app.errors import ConfigError, JudgeError
+from ray_app.records import ChatReply, ToolCall
 from ray_app.tau2 import upstream
 from ray_app.tau2.domain import Schema
 from ray_app.tau2.evaluate import evaluate
@@ -15,12 +17,14 @@ from ray_app.tau2.export import results_json
 from ray_app.tau2.gold import GoldScript
 from ray_app.tau2.loop import Rules
 from ray_app.tau2.results import simulation_json
-from ray_app.tau2.run import task_of
+from ray_app.tau2.run import make_solver, task_of
 from ray_app.tau2.service_desk.domain import ServiceDesk
 from ray_app.tau2.simulation import Simulation
 from ray_app.tau2.tasks import Action, TaskSpec
 from ray_app.tau2.upstream import UpstreamDomain, UpstreamEnvironment
+from tests.stand_ins import MemoryLog, journal
 from tests.tau2.desk import config
+from tests.tau2.official import Asked, official_requests
 from tests.tau2.replays import PROMPTS, content, replayed
 from tests.tau2.upstream_marks import UPSTREAM
 
@@ -55,6 +59,32 @@ async def test_a_corrupted_replay_is_worth_nothing_to_both(name: str) -> None:
     for spec in [TaskSpec.model_validate(task) for task in domain.tasks("base")]:
         simulation = await replayed(domain, spec, _corrupted(domain, spec))
         assert _reward(domain, spec, simulation, met=True) == 0.0, spec.id
+
+
+@pytest.mark.parametrize(("name", "place"), [("telecom", 0), ("telecom", 40), ("retail", 0), ("mock", 4)])
+async def test_models_are_asked_what_tau2_asks_them(
+    name: str, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    domain = UpstreamDomain(name)
+    raw = domain.tasks("base")[place]
+    spec = TaskSpec.model_validate(raw)
+    theirs = official_requests(domain, spec, GoldScript.of(spec), monkeypatch)
+    ours = Asked(GoldScript.of(spec))
+
+    class Scripted:
+        async def complete(self, request: ChatRequest) -> ChatReply:
+            ours.add([as_openai(message) for message in request.messages], list(request.tools))
+            is_user = "<scenario>" in request.messages[0].content
+            said = ours.script.next("user" if is_user else "assistant")
+            calls = [ToolCall(c.call_id, c.name, json.dumps(dict(c.arguments))) for c in said.calls]
+            return ChatReply(said.text, tuple(calls))
+
+    task, settings = task_of(name, raw), config(domains=[name])
+    solver = make_solver(settings, PROMPTS, Scripted(), {name: domain})
+    dialogue = await solver.dialogue(spec, domain, journal(task, MemoryLog()))
+    await dialogue.run(name)
+    assert len(ours.requests) > 3
+    assert ours.requests == theirs.requests
 
 
 async def test_what_the_judge_denies_is_worth_nothing_to_both() -> None:
