@@ -2,9 +2,9 @@
 
 Looks at one segment at a time. A task's span goes from the start of its attempt to its committed result; the
 slots of a segment are the most attempts that ran at once. Stages are disjoint: `queue` is the wait of any
-model call for a place, `orchestrator`, `expert`, `user` and `judge` are the rest of such a call, `environment` is
-the tools of a dialogue, `other` is what no call accounts for (our own work, waits for a free process, a result
-on its way).
+model call for a place, `orchestrator`, `expert`, `user` and `judge` are the rest of such a call,
+`environment` is the tools of a dialogue, `other` is what no call accounts for (our own work, waits for a
+free process, a result on its way).
 """
 
 from __future__ import annotations

@@ -15,11 +15,11 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray_app.chat import ChatRequest
 from ray_app.records import ChatReply, Usage
@@ -69,11 +69,19 @@ class InProcessModel:
         return ChatReply(text, finish_reason="stop", usage=USAGE, model=MODEL)
 
 
-class Connection(asyncio.Protocol):
-    """One client connection."""
+class Answer(NamedTuple):
+    """What goes out with the first token, and what ends the reply `latency_s` after the request."""
 
-    def __init__(self, behaviour: Behaviour) -> None:
-        self._behaviour = behaviour
+    latency_s: float
+    first: bytes
+    rest: bytes
+
+
+class Connection(asyncio.Protocol):
+    """One client connection; `reply` answers a request, head and body."""
+
+    def __init__(self, reply: Callable[[bytes], Answer]) -> None:
+        self._reply = reply
         self._buffer = bytearray()
         self._timers: list[asyncio.TimerHandle] = []
         self._transport: Any = None
@@ -101,10 +109,7 @@ class Connection(asyncio.Protocol):
         if request.startswith(b"GET"):
             self._transport.write(_models())
             return
-        seeds = _SEED.findall(request)
-        seed = int(seeds[-1]) if seeds else 0
-        latency_s = self._behaviour.latency_s(seed)
-        first, rest = stream(self._behaviour.text(seed))
+        latency_s, first, rest = self._reply(request)
         later = asyncio.get_running_loop().call_later
         self._timers = [
             later(latency_s * PREFILL_SHARE, self._transport.write, first),
@@ -112,11 +117,23 @@ class Connection(asyncio.Protocol):
         ]
 
 
+def seeded(behaviour: Behaviour, request: bytes) -> Answer:
+    """What `behaviour` answers to the seed of a request."""
+    seeds = _SEED.findall(request)
+    seed = int(seeds[-1]) if seeds else 0
+    return Answer(behaviour.latency_s(seed), *stream(behaviour.text(seed)))
+
+
 def stream(text: str) -> tuple[bytes, bytes]:
     """A streamed chat completion: what goes out with the first token, and the rest."""
     size = -(-len(text) // CHUNKS) or 1
     pieces = [text[start : start + size] for start in range(0, len(text), size)] or [""]
-    lines = [_chunk({"content": piece}) for piece in pieces] + [_chunk({}, "stop"), _usage_chunk(), b"[DONE]"]
+    return streamed([{"content": piece} for piece in pieces], "stop")
+
+
+def streamed(deltas: Sequence[Mapping[str, Any]], finish: str) -> tuple[bytes, bytes]:
+    """The same of any deltas, one or more."""
+    lines = [*map(_chunk, deltas), _chunk({}, finish), _usage_chunk(), b"[DONE]"]
     head = _HEAD % b"text/event-stream" + b"transfer-encoding: chunked\r\n\r\n"
     return head + _framed(lines[0]), b"".join(map(_framed, lines[1:])) + b"0\r\n\r\n"
 
@@ -126,14 +143,18 @@ def _framed(line: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(event), event)
 
 
-def _chunk(delta: dict[str, str], finish: str | None = None) -> bytes:
+def _chunk(delta: Mapping[str, Any], finish: str | None = None) -> bytes:
     return _completion([{"index": 0, "delta": delta, "finish_reason": finish}])
 
 
 def _usage_chunk() -> bytes:
+    return _completion([], usage=_usage())
+
+
+def _usage() -> dict[str, int]:
     total = USAGE.prompt_tokens + USAGE.completion_tokens
     counted = {"prompt_tokens": USAGE.prompt_tokens, "completion_tokens": USAGE.completion_tokens}
-    return _completion([], usage=counted | {"total_tokens": total})
+    return counted | {"total_tokens": total}
 
 
 def _completion(choices: list[dict[str, Any]], **more: Any) -> bytes:
@@ -141,16 +162,35 @@ def _completion(choices: list[dict[str, Any]], **more: Any) -> bytes:
     return json.dumps({**head, "choices": choices, **more}).encode()
 
 
+def whole(message: Mapping[str, Any], finish: str) -> bytes:
+    """A chat completion that was not asked to be streamed."""
+    choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": finish}
+    return _in_json(
+        {
+            "id": "c",
+            "object": "chat.completion",
+            "created": 0,
+            "model": MODEL,
+            "choices": [choice],
+            "usage": _usage(),
+        }
+    )
+
+
 def _models() -> bytes:
     listed = {"id": MODEL, "object": "model", "created": 0, "owned_by": "benchmarks"}
-    body = json.dumps({"object": "list", "data": [listed]}).encode()
+    return _in_json({"object": "list", "data": [listed]})
+
+
+def _in_json(value: Any) -> bytes:
+    body = json.dumps(value).encode()
     return _HEAD % b"application/json" + b"content-length: %d\r\n\r\n%s" % (len(body), body)
 
 
-async def serve(behaviour: Behaviour) -> None:
+async def serve(reply: Callable[[bytes], Answer]) -> None:
     """Answer on a free loopback port, printed as the first line, until cancelled."""
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(partial(Connection, behaviour), "127.0.0.1", 0, backlog=4096)
+    server = await loop.create_server(partial(Connection, reply), "127.0.0.1", 0, backlog=4096)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 
@@ -158,7 +198,7 @@ async def serve(behaviour: Behaviour) -> None:
 def main() -> None:
     """Serve `mean_s reply_bytes` of the command line; ends when killed."""
     mean_s, reply_bytes = sys.argv[1:]
-    asyncio.run(serve(Behaviour(float(mean_s), int(reply_bytes))))
+    asyncio.run(serve(partial(seeded, Behaviour(float(mean_s), int(reply_bytes)))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +213,14 @@ class Server:
 def serving(behaviour: Behaviour) -> Iterator[Server]:
     """A stub server in a process of its own, killed at the end."""
     program = "from benchmarks.stub_model import main; main()"
-    command = [sys.executable, "-c", program, str(behaviour.mean_s), str(behaviour.reply_bytes)]
+    with served(program, str(behaviour.mean_s), str(behaviour.reply_bytes)) as server:
+        yield server
+
+
+@contextmanager
+def served(program: str, *arguments: str) -> Iterator[Server]:
+    """A Python program that serves a model and prints its port first, killed at the end."""
+    command = [sys.executable, "-c", program, *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -133,7 +133,9 @@ def test_filters_compare_whole_values(tmp_path: Path, selection: Selection, expe
     assert bool(found.note) is (expected == [])
 
 
-def test_of_a_dialogue_the_user_the_experts_and_the_environment_are_stages_of_their_own(tmp_path: Path) -> None:
+def test_of_a_dialogue_the_user_the_experts_and_the_environment_are_stages_of_their_own(
+    tmp_path: Path,
+) -> None:
     log = open_run(
         write_run(
             tmp_path / "run",

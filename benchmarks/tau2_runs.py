@@ -1,0 +1,82 @@
+"""The simulations of a load by our engine against the gold model, timed and metered."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.session import Snapshot, cpu_s, snapshot
+from benchmarks.tau2_load import Load, config_of
+from ray_app import engine, events, lease, planning
+from ray_app.options import Options
+from ray_app.prompting import load_prompts
+from ray_app.records import TaskResult
+from ray_app.tau2 import upstream
+from ray_app.tau2.run import PROMPTS, SolverInWorker
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A run that is over: seconds from its first call to its last commit, CPU of all its processes."""
+
+    makespan_s: float
+    solved: int
+    calls: int
+    cpu_s: float
+
+
+@dataclass
+class Meter:
+    """Watches a run: what its processes burn from its first task to its last commit."""
+
+    without: Collection[int]
+    ended_at: float = 0.0
+    before: Snapshot = field(default_factory=dict)
+    after: Snapshot = field(default_factory=dict)
+
+    def started(self, item: planning.WorkItem) -> None:
+        self.before = self.before or snapshot(self.without)
+
+    def committed(self, result: TaskResult, tally: planning.Tally) -> None:
+        if tally.pending == 0:
+            self.ended_at, self.after = time.time(), snapshot(self.without)
+
+    def tick(self) -> None:
+        pass
+
+
+def run_ours(
+    load: Load, run_dir: Path, url: str, in_flight: int, workers: int, without: Collection[int] = ()
+) -> Ran:
+    """Solve `load` by the engine. `without` names processes not metered."""
+    config = config_of(load.domains, url, in_flight, workers)
+    prompts = load_prompts(None, PROMPTS)
+    make_solver = SolverInWorker(config, prompts, upstream.data_folder(), {}, {})
+    held = lease.take(run_dir)
+    options = Options(run_dir, "bench", held.epoch, in_flight, workers, attempts=1)
+    log, meter = options.writer("driver"), Meter(without)
+    work = planning.plan(load.tasks(), load.trials, [])
+
+    async def drive() -> planning.Tally:
+        stop = asyncio.Event()
+        return await engine.run(work, make_solver, options, log=log, lease=held, watcher=meter, stop=stop)
+
+    try:
+        tally = asyncio.run(drive())
+    finally:
+        log.close()
+        held.release()
+    if tally.counts["ok"] != load.simulations:
+        raise RuntimeError(f"the run did not end well: {tally.line()}")
+    sent = [
+        row["t_start"].timestamp()
+        for batch in events.read(run_dir, ["t_start"], where={"kind": {"model_call"}})
+        for row in batch.to_pylist()
+    ]
+    solved = sum(events.results(run_dir)["is_correct"].to_pylist())
+    spent: Counter[str] = cpu_s(meter.before, meter.after)
+    return Ran(meter.ended_at - min(sent), solved, len(sent), float(spent.total()))
