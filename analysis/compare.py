@@ -26,7 +26,7 @@ OTHER_FACTS = ("prompt_digest", "orchestrator", "trials", "sandbox", "commit", "
 @dataclass(frozen=True, slots=True)
 class Pairing:
     """How many tasks pair, and why others do not: in one run only, settled in one only, another question or
-    another reference answer under the same id. `by_id_alone`: nobody knows of the latter two."""
+    another reference answer under the same id. `by_id_alone`: nobody looked at the latter two."""
 
     pairs: int
     only_first: int
@@ -105,8 +105,12 @@ Pairs = Mapping[str, tuple[Side, Side]]
 
 
 def compare(first: Tasks, second: Tasks, *, ignore_labels: bool = False) -> Comparison:
-    """The second run against the first."""
-    pairs, pairing = pair(first, second)
+    """The second run against the first.
+
+    `ignore_labels` pairs by id alone, whatever was asked, and lets no label stand in the way of a verdict.
+    """
+    is_imported = "imported" in first.facts or "imported" in second.facts
+    pairs, pairing = pair(first, second, by_id_alone=ignore_labels or is_imported)
     facts = first.facts, second.facts
     labels = [
         _label_of_data(*facts, pairing) if name == "dataset" else label(name, *facts) for name in LABELS
@@ -151,9 +155,8 @@ def judge(found: Difference, labels: Iterable[Label], *, ignore_labels: bool) ->
     return "cannot tell", f"p = {found.p_value:.2g}: such a difference comes of chance too"
 
 
-def pair(first: Tasks, second: Tasks) -> tuple[dict[str, tuple[Side, Side]], Pairing]:
+def pair(first: Tasks, second: Tasks, *, by_id_alone: bool) -> tuple[dict[str, tuple[Side, Side]], Pairing]:
     """The tasks that can be compared, by id, and what became of the others."""
-    by_id_alone = "imported" in first.facts or "imported" in second.facts
     found = {key: (side, second.settled[key]) for key, side in first.settled.items() if key in second.settled}
     both = first.ids & second.ids
     asked = {key for key, (a, b) in found.items() if not by_id_alone and a.rollout_key != b.rollout_key}

@@ -70,7 +70,9 @@ def _pairing_lines(pairing: Pairing) -> list[str]:
         f"{number(pairing.pairs)} tasks pair; " + (f"left out: {others}" if others else "none is left out")
     ]
     if pairing.by_id_alone:
-        lines.append("Paired by id alone: an imported run does not say what exactly was asked.")
+        lines.append(
+            "Paired by id alone: whether the same was asked, and against the same answer, is not known."
+        )
     return lines
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from analysis.log import RunLog, pick
+from analysis.log import RunLog
 from analysis.numbers import ordered, quantiles
 from analysis.text import plain
 from analysis.timing import COLUMNS as TIMING
@@ -55,7 +55,7 @@ def duration_of(log: RunLog) -> Duration:
     (tool,), (model,) = log.selection.tools, log.selection.models
     calls = log.kind("tool_call")
     failed = int((log.calls & calls & log.is_error).sum())
-    values = ordered(pick(log.numbers("duration_s"), log.timed & calls))
+    values = ordered(log.pick("duration_s", log.timed & calls))
     series = series_of("tool", tool, values, failed)
     row, points = described(series), dict[str, float]()
     if row.stats.n:

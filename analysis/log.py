@@ -12,7 +12,7 @@ What a task scored does not depend on the segment: `results` are the counted res
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,20 +33,28 @@ Ints = NDArray[np.int64]
 Rows = Mask | Ints  # which rows: a mask over all, or their positions (quicker where they are used again)
 
 # What decides whether a row counts.
-BASE = (
-    *("kind", "role", "alias", "tool", "model", "status", "exit_status", "is_replayed"),
-    *("epoch", "trial", "category"),
-)
+BASE = ("kind", "role", "alias", "tool", "model", "status", "exit_status", "is_replayed", "epoch")
+FACTS = ("t_start", "detail")
 WORK = ("prompt_tokens", "cached_tokens", "completion_tokens", "cost_usd")
 STAGES = ("duration_s", "queue_s", "prefill_s", "decode_s", "search_backend")
-SPANS = ("task_id", "rollout_key", "attempt", "turn", "worker", "t_start")
+SPANS = ("task_id", "trial", "attempt", "worker", "t_start")
 RESULTS = (
-    *("event_id", "rollout_key", "judge_key", "task_id", "t_start", "outcome", "is_correct"),
+    *(
+        "event_id",
+        "category",
+        "trial",
+        "rollout_key",
+        "judge_key",
+        "task_id",
+        "t_start",
+        "outcome",
+        "is_correct",
+    ),
     *("verdict_method", "confidence", "answer_type", "error_kind", "attempt", "turn", "detail"),
 )
 EVERY = tuple(
     dict.fromkeys(
-        (*BASE, *WORK, *STAGES, *SPANS, *RESULTS, "call_seq", "retries", "web_calls", "context_cut")
+        (*BASE, *FACTS, *WORK, *STAGES, *SPANS, *RESULTS, "call_seq", "retries", "web_calls", "context_cut")
     )
 )
 CALLS = ("model_call", "tool_call", "retrieval", "code")
@@ -82,6 +90,7 @@ class RunLog:
         self.run_dir = run_dir
         self.selection = selection
         self._table = table
+        self._raws = dict[str, Raw]()
         self._words = dict[str, Words]()
         self._numbers = dict[str, Floats]()
         self._ints = dict[str, Ints]()
@@ -127,8 +136,25 @@ class RunLog:
         found = values.astype(bool)
         return found if unsaid is None else np.asarray(found & ~unsaid)
 
+    def pick(self, column: str, rows: Rows) -> Floats:
+        """The numbers that these rows say in a column; quicker than `numbers`, which converts all rows."""
+        values, unsaid = self._raw(column)
+        found = values[rows].astype(np.float64, copy=False)
+        if unsaid is not None and (gone := unsaid[rows]).any():
+            found = found[~gone]
+        return said(found)
+
+    def pick_sum(self, columns: Sequence[str], rows: Rows) -> Floats:
+        """The sums of several columns, of those of these rows that say all of them."""
+        raws = [self._raw(column) for column in columns]
+        found = np.asarray(np.sum([values[rows] for values, _ in raws], axis=0, dtype=np.float64))
+        unsaid = [mask[rows] for _, mask in raws if mask is not None]
+        return said(found[~np.logical_or.reduce(unsaid)] if unsaid else found)
+
     def _raw(self, column: str) -> Raw:
-        return raw(self._table[column].combine_chunks())
+        if column not in self._raws:
+            self._raws[column] = raw(self._table[column].combine_chunks())
+        return self._raws[column]
 
     def kind(self, *kinds: str) -> Mask:
         """Rows of these kinds."""
@@ -147,7 +173,10 @@ class RunLog:
     @cached_property
     def epochs(self) -> Ints:
         """The segments of the run, oldest first."""
-        return np.unique(self.ints("epoch")[self.live])
+        epochs = self.ints("epoch")[self.live]
+        # Epochs are few and small: to count them is quicker than to sort a million rows.
+        is_small = len(epochs) and epochs.min() >= 0 and epochs.max() < len(epochs) + 1000
+        return np.flatnonzero(np.bincount(epochs)) if is_small else np.unique(epochs)
 
     @cached_property
     def tasks(self) -> Mask:
@@ -177,7 +206,11 @@ class RunLog:
     @cached_property
     def is_error(self) -> Mask:
         """Calls that ended badly. A program's exit code counts: the sandbox did its part, the program not."""
-        return np.asarray(~self.words("status").is_in("ok") | (self.ints("exit_status") != 0))
+        status, unsaid = self._raw("exit_status")
+        is_bad = status != 0
+        if unsaid is not None:
+            is_bad &= ~unsaid
+        return np.asarray(is_bad | ~self.words("status").is_in("ok"))
 
     @cached_property
     def timed(self) -> Mask:
@@ -241,7 +274,10 @@ class RunLog:
 
 def open_run(run_dir: Path, selection: Selection = EVERYTHING, columns: Iterable[str] = EVERY) -> RunLog:
     """A snapshot of the run in `run_dir` with `columns`. Raises RunDirError where there is no run."""
-    names = dict.fromkeys((*BASE, "t_start", "detail", *columns))
+    filters = {"trial": selection.trials, "category": selection.categories}
+    needed = [column for column, wanted in filters.items() if wanted]
+    facts = FACTS if selection.benchmarks else ()
+    names = dict.fromkeys((*BASE, *needed, *facts, *columns))
     return RunLog(run_dir, events.columns(run_dir, list(names)), selection)
 
 
@@ -266,21 +302,17 @@ def sums(codes: NDArray[Any], values: Floats, size: int) -> Floats:
     return np.bincount(codes, np.nan_to_num(values), minlength=size).astype(np.float64, copy=False)
 
 
-def pick(values: Floats, rows: Rows) -> Floats:
-    """The values that are said, of these rows."""
-    return said(values[rows])
-
-
 def said(values: Floats) -> Floats:
     """The values that are no NaN."""
     unsaid = np.isnan(values)
     return values[~unsaid] if unsaid.any() else values
 
 
-def split(words: Words, values: Floats, rows: Rows) -> dict[str, Floats]:
-    """The values that are said of these rows, by word; the most frequent word first."""
-    codes, taken = words.codes[rows], values[rows]
-    found = [(name, said(taken[codes == code])) for code, name in enumerate(words.names)]
+def split(log: RunLog, words: Words, column: str, rows: Rows) -> dict[str, Floats]:
+    """The numbers that these rows say in a column, by word; the most frequent word first."""
+    places = rows if rows.dtype != np.bool_ else np.flatnonzero(rows)
+    codes = words.codes[places]
+    found = [(name, log.pick(column, places[codes == code])) for code, name in enumerate(words.names)]
     return dict(
         sorted(((name, own) for name, own in found if len(own)), key=lambda item: (-len(item[1]), item[0]))
     )

@@ -14,7 +14,10 @@ from analysis.log import RunLog
 
 RECENT_S = 300.0
 CALLS = ("model_call", "retrieval", "code")
-COLUMNS = ("task_id", "attempt", "duration_s", "error_kind", "error", "worker", "cost_usd")
+COLUMNS = (
+    *("task_id", "trial", "attempt", "t_start", "duration_s", "cost_usd"),
+    *("error_kind", "error", "worker"),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,15 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from ray_app import events, object_store
 
 _COLUMNS = (
     *("task_id", "trial", "rollout_key", "judge_key", "category", "outcome", "error_kind", "is_correct"),
     *("cost_usd", "duration_s", "prompt_tokens", "completion_tokens", "turn", "detail"),
+    *("kind", "epoch", "t_start", "event_id"),
 )
 
 
@@ -60,8 +64,10 @@ class Tasks:
 
 def read_tasks(run_dir: Path, categories: Collection[str] = (), trials: Collection[int] = ()) -> Tasks:
     """The counted results of a run; an empty selection takes all. Raises RunDirError, StorageError."""
-    counted = events.results(run_dir).select(_COLUMNS).to_pylist()
-    starts = events.read(run_dir, ["epoch", "t_start", "detail"], where={"kind": {"run_start"}}).read_all()
+    table = events.columns(run_dir, _COLUMNS)
+    results = table.filter(pc.equal(table["kind"], "result"))
+    counted = results.take(pa.array(events.last_committed(results), pa.int64())).to_pylist()
+    starts = table.filter(pc.equal(table["kind"], "run_start")).select(["epoch", "t_start", "detail"])
     newest: Mapping[str, Any] = max(
         starts.to_pylist(), key=lambda row: (row["epoch"], row["t_start"]), default={}
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.log import Mask, RunLog, pick, said, sums
+from analysis.log import Mask, RunLog, said, sums
 from analysis.numbers import ordered, quantiles
 
 COLUMNS = ("prompt_tokens", "completion_tokens", "cost_usd", "web_calls", "task_id")
@@ -63,8 +63,8 @@ def _by_model(log: RunLog, mask: Mask) -> list[SpendRow]:
 
 
 def _row(log: RunLog, kind: str, mask: Mask) -> SpendRow:
-    calls = int(pick(log.numbers("web_calls"), mask).sum()) if kind == "web" else int(mask.sum())
-    return SpendRow(kind, "", calls, 0, float(pick(log.numbers("cost_usd"), mask).sum()))
+    calls = int(log.pick("web_calls", mask).sum()) if kind == "web" else int(mask.sum())
+    return SpendRow(kind, "", calls, 0, float(log.pick("cost_usd", mask).sum()))
 
 
 def task_cost(results: RunLog) -> TaskCost:

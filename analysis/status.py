@@ -150,8 +150,13 @@ def status_of(
         workers=workers,
         spending=found.spending if found else None,
         errors=found.errors if found else [],
-        notes=notes,
+        notes=notes + (_limits(figures) if is_driven else []),
     )
+
+
+def _limits(figures: Mapping[str, Any]) -> list[str]:
+    """The most calls that each route may have open now, as the driver decided."""
+    return [f"Limit of {model} at {url}: {limit} calls" for model, url, limit in figures.get("limits", ())]
 
 
 def _check_run(run_dir: Path) -> None:

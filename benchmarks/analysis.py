@@ -11,7 +11,6 @@ turns; both must find the same. `--quick` is smaller and judges nothing.
 from __future__ import annotations
 
 import json as jsonlib
-import os
 import statistics
 import subprocess
 import sys
@@ -76,18 +75,29 @@ class Cost(NamedTuple):
     rss: int
 
 
+# In a small process: on Linux the peak memory of a child counts what its parent held when it was started.
+_LAUNCH = """
+import json, os, subprocess, sys, time
+started = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+wall_s = time.perf_counter() - started
+cost = wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+print(json.dumps([os.waitstatus_to_exitcode(status), cost]))
+"""
+
+
 def run_command(command: str, run_dir: Path, *options: str) -> Cost:
     """A cold process of one command. Raises RuntimeError where it fails."""
     words = [str(run_dir) if word == "RUN" else word for word in COMMANDS[command]]
     arguments = [sys.executable, "-m", "analysis", command, *words, *options]
-    started = time.perf_counter()
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(arguments)}: exit code {process.returncode}")
-    wall_s = time.perf_counter() - started
-    return Cost(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", _LAUNCH, *arguments], stdout=subprocess.PIPE, check=True
+    )
+    code, cost = jsonlib.loads(done.stdout)
+    if code:
+        raise RuntimeError(f"{' '.join(arguments)}: exit code {code}")
+    return Cost(*cost)
 
 
 def commands(folder: Path, rounds: int) -> Iterator[Figure]:

@@ -76,9 +76,9 @@ def answer(scripts: Sequence[Script], latency_s: float, request: bytes) -> Answe
     message = judged() if side is None else next_message(scripts, side, body)
     finish = "tool_calls" if message.get("tool_calls") else "stop"
     if not _STREAMED.search(body):
-        return Answer(latency_s, b"", whole(message, finish))
+        return Answer(latency_s, [b"", whole(message, finish)])
     delta = {**message, "tool_calls": [{"index": 0, **call} for call in message.get("tool_calls", ())]}
-    return Answer(latency_s, *streamed([delta], finish))
+    return Answer(latency_s, streamed([delta], finish))
 
 
 def main() -> None:

@@ -21,6 +21,9 @@ from ray_app.worker import Solved
 SYSTEM = "You are asked the same thing until the benchmark ends. " * 10
 GO_ON = "Go on."
 
+# What a caller asks of a model's config; its address is not used. No transcript is too long for it.
+MODELS = {MODEL: ModelConfig(endpoints=(Endpoint(base_url="http://127.0.0.1:9/v1"),), context_length=10**9)}
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -138,7 +141,7 @@ class StubSolver:
         seed = self.load.call_seed(int(journal.task.task_id), turn)
         sampling = Sampling.model_validate({"seed": seed})
         if self.load.is_journalled:
-            reply = await Caller(self.client, {}).ask(journal, "orchestrator", MODEL, said, sampling)
+            reply = await Caller(self.client, MODELS).ask(journal, "orchestrator", MODEL, said, sampling)
             if isinstance(self.client, WitnessedModel):
                 self.client.note("acked", journal.task.rollout_key, seed)
             return reply

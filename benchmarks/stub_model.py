@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,10 +40,15 @@ _HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %s\r\n"
 
 @dataclass(frozen=True, slots=True)
 class Behaviour:
-    """How the stub answers: mean latency (s) of its lognormal, and the bytes of a reply's text."""
+    """How the stub answers: mean latency (s) of its lognormal, the bytes of a reply's text, its pieces.
+
+    The pieces come in two packets, or in one each where `is_gradual`.
+    """
 
     mean_s: float
     reply_bytes: int
+    chunks: int = CHUNKS
+    is_gradual: bool = False
 
     def latency_s(self, seed: int) -> float:
         """The latency of the request with this seed; the same in every process."""
@@ -70,15 +75,14 @@ class InProcessModel:
 
 
 class Answer(NamedTuple):
-    """What goes out with the first token, and what ends the reply `latency_s` after the request."""
+    """The packets of a response: the last one goes out `latency_s` after the request."""
 
     latency_s: float
-    first: bytes
-    rest: bytes
+    packets: Sequence[bytes]
 
 
 class Connection(asyncio.Protocol):
-    """One client connection; `reply` answers a request, head and body."""
+    """One client connection; `reply` answers a request, head and body, in two packets or more."""
 
     def __init__(self, reply: Callable[[bytes], Answer]) -> None:
         self._reply = reply
@@ -109,11 +113,14 @@ class Connection(asyncio.Protocol):
         if request.startswith(b"GET"):
             self._transport.write(_models())
             return
-        latency_s, first, rest = self._reply(request)
+        latency_s, (first, *rest) = self._reply(request)
         later = asyncio.get_running_loop().call_later
-        self._timers = [
-            later(latency_s * PREFILL_SHARE, self._transport.write, first),
-            later(latency_s, self._transport.write, rest),
+        begin_s = latency_s * PREFILL_SHARE
+        step_s = (latency_s - begin_s) / len(rest)
+        self._timers = [later(begin_s, self._transport.write, first)]
+        self._timers += [
+            later(begin_s + step_s * number, self._transport.write, packet)
+            for number, packet in enumerate(rest, 1)
         ]
 
 
@@ -121,21 +128,23 @@ def seeded(behaviour: Behaviour, request: bytes) -> Answer:
     """What `behaviour` answers to the seed of a request."""
     seeds = _SEED.findall(request)
     seed = int(seeds[-1]) if seeds else 0
-    return Answer(behaviour.latency_s(seed), *stream(behaviour.text(seed)))
+    return Answer(behaviour.latency_s(seed), packets(behaviour.text(seed), behaviour))
 
 
-def stream(text: str) -> tuple[bytes, bytes]:
+def packets(text: str, behaviour: Behaviour) -> list[bytes]:
     """A streamed chat completion: what goes out with the first token, and the rest."""
-    size = -(-len(text) // CHUNKS) or 1
+    size = -(-len(text) // behaviour.chunks) or 1
     pieces = [text[start : start + size] for start in range(0, len(text), size)] or [""]
-    return streamed([{"content": piece} for piece in pieces], "stop")
+    return streamed([{"content": piece} for piece in pieces], "stop", is_gradual=behaviour.is_gradual)
 
 
-def streamed(deltas: Sequence[Mapping[str, Any]], finish: str) -> tuple[bytes, bytes]:
+def streamed(deltas: Sequence[Mapping[str, Any]], finish: str, *, is_gradual: bool = False) -> list[bytes]:
     """The same of any deltas, one or more."""
     lines = [*map(_chunk, deltas), _chunk({}, finish), _usage_chunk(), b"[DONE]"]
     head = _HEAD % b"text/event-stream" + b"transfer-encoding: chunked\r\n\r\n"
-    return head + _framed(lines[0]), b"".join(map(_framed, lines[1:])) + b"0\r\n\r\n"
+    first, *rest = map(_framed, lines)
+    later = rest if is_gradual else [b"".join(rest)]
+    return [head + first, *later[:-1], later[-1] + b"0\r\n\r\n"]
 
 
 def _framed(line: bytes) -> bytes:
@@ -157,24 +166,16 @@ def _usage() -> dict[str, int]:
     return counted | {"total_tokens": total}
 
 
-def _completion(choices: list[dict[str, Any]], **more: Any) -> bytes:
-    head = {"id": "c", "object": "chat.completion.chunk", "created": 0, "model": MODEL}
-    return json.dumps({**head, "choices": choices, **more}).encode()
-
-
 def whole(message: Mapping[str, Any], finish: str) -> bytes:
     """A chat completion that was not asked to be streamed."""
     choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": finish}
-    return _in_json(
-        {
-            "id": "c",
-            "object": "chat.completion",
-            "created": 0,
-            "model": MODEL,
-            "choices": [choice],
-            "usage": _usage(),
-        }
-    )
+    head = {"id": "c", "object": "chat.completion", "created": 0, "model": MODEL}
+    return _in_json({**head, "choices": [choice], "usage": _usage()})
+
+
+def _completion(choices: list[dict[str, Any]], **more: Any) -> bytes:
+    head = {"id": "c", "object": "chat.completion.chunk", "created": 0, "model": MODEL}
+    return json.dumps({**head, "choices": choices, **more}).encode()
 
 
 def _models() -> bytes:
@@ -196,9 +197,8 @@ async def serve(reply: Callable[[bytes], Answer]) -> None:
 
 
 def main() -> None:
-    """Serve `mean_s reply_bytes` of the command line; ends when killed."""
-    mean_s, reply_bytes = sys.argv[1:]
-    asyncio.run(serve(partial(seeded, Behaviour(float(mean_s), int(reply_bytes)))))
+    """Serve the behaviour on the command line (JSON); ends when killed."""
+    asyncio.run(serve(partial(seeded, Behaviour(**json.loads(sys.argv[1])))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,7 @@ class Server:
 def serving(behaviour: Behaviour) -> Iterator[Server]:
     """A stub server in a process of its own, killed at the end."""
     program = "from benchmarks.stub_model import main; main()"
-    with served(program, str(behaviour.mean_s), str(behaviour.reply_bytes)) as server:
+    with served(program, json.dumps(asdict(behaviour))) as server:
         yield server
 
 

@@ -87,7 +87,10 @@ class Agent:
             task.question,
             budget.context_tokens,
         )
-        schemas = tuple(schema(tool, self.caller.models) for tool in offered.values())
+        models = self.caller.models
+        schemas = tuple(
+            schema(tool, models, is_strict=models[model].strict_tools) for tool in offered.values()
+        )
         return await self.caller.ask_about(
             journal, "orchestrator", model, prompt, self.config.sampling, schemas
         )

@@ -22,6 +22,7 @@ from ray_app.retrieval.deployment import retriever_app
 from ray_app.retrieval.encoder import FACTORY, encoder_label
 from ray_app.rundir import code_digest, commit, home
 from ray_app.sample.prepare import prepare, sample_files
+from ray_app.serving import ModelsConfig, models_app
 
 # The GPU that an index needs may be held by the very replica that it is built for.
 GPU_PATIENCE_S = 600.0
@@ -93,6 +94,14 @@ def baseline(args: BaselineConfig) -> Application:
     return baseline_app(args, service_digest("ray_app.app:baseline", args))
 
 
+def models(args: ModelsConfig) -> Application:
+    """Language models on vLLM behind the OpenAI API: `/v1/chat/completions`, `/v1/models`, ..."""
+    commit()
+    return models_app(args, service_digest("ray_app.app:models", args))
+
+
 def service_digest(import_path: str, args: BaseModel) -> str:
     """Equal for equal arguments and equal code; what turns while a service runs makes it no other one."""
+    if isinstance(args, ModelsConfig):
+        return args.identity
     return digest([import_path, args.model_dump(mode="json", exclude={"user_config"}), code_digest()])

@@ -46,6 +46,7 @@ RETRY_S = 0.1
 AWAY_S = 2.0
 # While the log cannot be written nothing new is paid for: what completes now could be lost with everything.
 HOLD_AFTER_S = 1.5
+PAID_KINDS = frozenset({"model_call", "retrieval", "code"})
 
 _COLUMNS = EVENT_SCHEMA.names[1:]  # of a row as the log takes it
 _mark = itemgetter(*map(_COLUMNS.index, ("rollout_key", "trial", "attempt", "call_seq", "event_id")))
@@ -74,12 +75,18 @@ class Committer:
         # Once this process was away: the attempts that were asked about since.
         self._asked_about: set[Mark] | None = None
         self._is_replaced = False
+        # By live calls; what is served from the record has no row here.
+        self.spent_usd = 0.0
+        self._may_spend = asyncio.Event()
+        self._may_spend.set()
         self._log: EventWriter = options.writer(name, tap=self)
         # By which the actor knows this process start; the driver knows how it begins.
         self._id = f"{options.writer_prefix(name)}{uuid.uuid4().hex[:8]}"
         self._tasks: list[asyncio.Task[None]] = []
 
     def append(self, event: Event) -> str:
+        if event.kind in PAID_KINDS and not event.is_replayed:
+            self.spent_usd += event.cost_usd or 0.0
         event_id = self._log.append(event)
         self._wake.set()
         return event_id
@@ -97,7 +104,8 @@ class Committer:
     async def admit(self, rollout_key: str, trial: int, attempt: int) -> None:
         """Before a call goes out: waits while the log cannot be written.
 
-        A process that was stopped asks whether the attempt is still wanted.
+        Waits for good once nothing more may be spent. A process that was stopped asks whether the attempt is
+        still wanted.
         Raises Replaced where another driver has the run, StorageError when the wait takes too long.
         """
         self._start()
@@ -107,12 +115,20 @@ class Committer:
                 raise StorageError(f"{self._log.failure} (waited {failing_s:.0f} s)")
             await asyncio.sleep(RETRY_S)
             self._check()
+        await self._may_spend.wait()
         self._turn()
         question = (rollout_key, trial, attempt, -1, "")
         while (about := self._asked_about) is not None and question not in about:
             await self._inquire(question)
             about.add(question)
             self._check()
+
+    def allow(self, *, may_spend: bool) -> None:
+        """Whether calls may go out from now on."""
+        if may_spend:
+            self._may_spend.set()
+        else:
+            self._may_spend.clear()
 
     async def _inquire(self, question: Mark) -> None:
         """Tells whether the attempt may go on; an actor that restarts is waited for."""

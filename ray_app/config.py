@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar, overload
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, overload
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -28,8 +28,10 @@ OPERATIONAL_KEYS = frozenset(
     {"run_name", "concurrency", "workers", "attempts", "services", "endpoints_file", "prompts"}
 )
 # A price, too: one that is mended in mid-run changes the bill. What the orchestrator was told of it stays.
-MODEL_PLACE = frozenset({"endpoints", "timeout_s", "price"})
+MODEL_PLACE = frozenset({"endpoints", "timeout_s", "first_token_s", "stall_s", "price"})
 CODE_PLACE = frozenset({"usd_per_s"})
+# Where a run stops for want of money, and goes on with more, is no part of what it measures.
+LIMITS_PLACE = frozenset({"run_cost_usd"})
 RETRIEVER_PLACE = frozenset({"service", "url", "timeout_s"})
 ENVIRONMENT_KEYS = {"CONCURRENCY": "concurrency", "RUN_NAME": "run_name"}
 
@@ -42,12 +44,31 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Adaptive(Section):
+    """A limit of calls in flight that follows what the endpoint bears, over all workers of the run."""
+
+    start: int = Field(128, gt=0)
+    max: int = Field(1024, gt=0)
+
+    @model_validator(mode="after")
+    def _start_within(self) -> Adaptive:
+        if self.start > self.max:
+            raise ValueError(f"expected start <= max, got {self.start} > {self.max}")
+        return self
+
+
 class Endpoint(Section):
     """Where a model answers: a URL, or the name of an application in the Serve config."""
 
     base_url: str | None = None
     service: str | None = None
     api_key_env: str | None = Field(None, description="name of the variable that holds the key")
+    concurrency: Literal["adaptive"] | Annotated[int, Field(gt=0)] | Adaptive = Field(
+        "adaptive", description="calls in flight at once: adaptive, its start and max, or a fixed number"
+    )
+    metrics_url: str | None = Field(
+        None, description="vLLM's /metrics page, where it is not beside a base_url of a private address"
+    )
 
     @model_validator(mode="after")
     def _one_address(self) -> Endpoint:
@@ -74,9 +95,21 @@ class ModelConfig(Section):
     price: Price | None = Field(None, description="none: unpriced, and said so; a model of your own costs 0")
     accepts_images: bool = False
     answer_format: Literal["tags", "boxed"] = "tags"
-    timeout_s: float = Field(600.0, gt=0)
+    timeout_s: float = Field(600.0, gt=0, description="of a call with all its attempts")
+    first_token_s: float | None = Field(
+        None, gt=0, description="an endpoint that sends nothing for this long is given up for another attempt"
+    )
+    stall_s: float = Field(
+        120.0, gt=0, description="the same, once its answer has begun and no more of it comes"
+    )
     token_limit_field: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens", description="what the endpoint calls it; OpenAI's reasoning models want the second"
+    )
+    tool_choice: Literal["auto", "required"] = Field(
+        "auto", description="required: the endpoint forces a call where tools are offered"
+    )
+    strict_tools: bool = Field(
+        False, description="ask the endpoint to decode calls by the tools' schema, one call a reply"
     )
     extra_body: dict[str, Any] = {}
 
@@ -184,6 +217,9 @@ class TaskLimits(Section):
     wall_s: float | None = Field(None, gt=0)
     tokens: int | None = Field(None, gt=0)
     cost_usd: float | None = Field(None, gt=0)
+    run_cost_usd: float | None = Field(
+        None, gt=0, description="of the whole run: what is in flight then stays pending for a higher limit"
+    )
 
 
 class Limits(TaskLimits):
@@ -241,9 +277,10 @@ class BaseRun(Section):
             if model not in self.models:
                 known = ", ".join(self.models)
                 raise ValueError(f"{where}.model: unknown model {model!r}; models has {known}")
-        if self.limits.cost_usd is not None and (unpriced := self.unpriced()):
+        limited = [key for key in ("cost_usd", "run_cost_usd") if getattr(self.limits, key) is not None]
+        if limited and (unpriced := self.unpriced()):
             raise ValueError(
-                f"limits.cost_usd: models.{unpriced[0]} has no price, so spending is not known; "
+                f"limits.{limited[0]}: models.{unpriced[0]} has no price, so spending is not known; "
                 "give one (0 where it is free)"
             )
         return self
@@ -271,6 +308,7 @@ class BaseRun(Section):
         whole["models"] = {name: _without(model, MODEL_PLACE) for name, model in whole["models"].items()}
         if whole.get("retriever"):
             whole["retriever"] = _without(whole["retriever"], RETRIEVER_PLACE)
+        whole["limits"] = _without(whole["limits"], LIMITS_PLACE)
         return {key: value for key, value in whole.items() if key not in OPERATIONAL_KEYS}
 
     def told(self, aliases: Mapping[str, Alias]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from ray_app import (
     planning,
     pulse,
     ray_cluster,
+    route_limits,
     rundir,
     services,
 )
@@ -40,8 +41,10 @@ from ray_app.chat import Router
 from ray_app.compaction import Compactor
 from ray_app.config import BaseRun
 from ray_app.dataset import TaskSet
+from ray_app.engine_metrics import EngineMetrics
 from ray_app.errors import ConfigError, EvalError, StorageError, UserError
 from ray_app.event_writer import EventWriter
+from ray_app.governor import Governor, Policy
 from ray_app.options import Options
 from ray_app.progress import Display
 from ray_app.prompting import Prompts
@@ -276,6 +279,28 @@ def _options(job: Job, held: lease.Lease, items: int) -> Options:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Bounded:
+    """What bounds a run's calls, and what it is told of the engines."""
+
+    governor: Governor
+    metrics: EngineMetrics
+
+
+def _bounded(job: Job, urls: Mapping[str, str], options: Options) -> Bounded:
+    if job.replays is not None:  # it calls nobody
+        return Bounded(Governor(workers=options.workers), EngineMetrics({}))
+    models = {name: job.config.models[name] for name in job.config.models_used()}
+    pages = ray_cluster.metrics_pages()
+    metrics = EngineMetrics(route_limits.sources(models, urls, pages))
+    limit_usd = job.config.limits.run_cost_usd
+    before_usd = 0.0
+    if limit_usd is not None and (job.run_dir / "log").is_dir():
+        before_usd = route_limits.spent_usd(job.run_dir)
+    policy = Policy(route_limits.bounds(models, urls), limit_usd, before_usd)
+    return Bounded(Governor(policy, pressure=metrics.of, workers=options.workers), metrics)
+
+
 def _attempt_deadline_s(wall_s: float | None) -> float | None:
     """Twice the task's own limit, and the judge's time: only what ignores its cancellation gets there."""
     return None if wall_s is None else 2 * wall_s + 120
@@ -285,13 +310,17 @@ def _run(job: Job, work: planning.Plan, command: Command, held: lease.Lease) -> 
     started = time.time()
     ray_cluster.connect(command.say)
     raise_on_signals()  # Ray has put its own handler in place
-    make_solver = command.solver_for(_serve(job, command) if job.replays is None else {})
+    urls = _serve(job, command) if job.replays is None else {}
+    make_solver = command.solver_for(urls)
     options = _options(job, held, len(work.items))
+    bounded = _bounded(job, urls, options)
     # A driver that wakes up must not write the results that it had in hand when it was stopped.
     log = options.writer("driver", guard=held.check)
     try:
         with closed_at_the_end(log):
-            return asyncio.run(_drive(job, work, make_solver, options, command, log=log, held=held))
+            return asyncio.run(
+                _drive(job, work, make_solver, options, command, log=log, held=held, bounded=bounded)
+            )
     finally:
         ray_cluster.keep_service_logs(job.run_dir, since=started)
 
@@ -330,6 +359,7 @@ async def _drive(
     *,
     log: EventWriter,
     held: lease.Lease,
+    bounded: Bounded,
 ) -> Ending:
     stop = asyncio.Event()
     caught: list[int] = []
@@ -347,17 +377,38 @@ async def _drive(
     for task_id in _skipped(job, work):
         display.skipped(task_id)
     followed = pulse.Followed(display, work.kept)
-    heart = pulse.Pulse(job.run_dir, "driver", epoch=held.epoch, figures=followed.figures)
-    meters = RunMetrics(job.run_dir, held.epoch, followed.figures)
+    governor = bounded.governor
+
+    def figures() -> dict[str, Any]:
+        return followed.figures() | governor.figures()
+
+    heart = pulse.Pulse(job.run_dir, "driver", epoch=held.epoch, figures=figures)
+    meters = RunMetrics(job.run_dir, held.epoch, figures)
+    following = asyncio.create_task(bounded.metrics.follow())
     compactor = Compactor.start(job.run_dir, f"e{held.epoch:04d}")
     try:
-        tally = await engine.run(work, make_solver, options, log=log, lease=held, watcher=followed, stop=stop)
+        tally = await engine.run(
+            work,
+            make_solver,
+            options,
+            log=log,
+            lease=held,
+            watcher=followed,
+            stop=stop,
+            governor=governor,
+        )
     finally:
+        following.cancel()
         display.close()
         meters.close()
         heart.close()
         await asyncio.to_thread(compactor.stop)
     log.append(_mark("run_end", options, tally.line()))
+    if tally.pending and not governor.may_spend:
+        command.say(
+            f"limits.run_cost_usd: ${governor.spent_usd:.4f} of ${job.config.limits.run_cost_usd:g} spent; "
+            "nothing more was called, and what is pending goes on with a higher limit and the same command"
+        )
     return Ending(tally, options.epoch, caught[0] if caught and tally.pending else None)
 
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from ray_app.checkpoint import CheckpointClient, connect
 from ray_app.errors import InfrastructureError, StorageError
 from ray_app.event_writer import EventWriter
+from ray_app.governor import Governor
 from ray_app.journal import EventSink, Record
 from ray_app.lease import Lease, Unconfirmed
 from ray_app.options import Options
@@ -73,14 +74,17 @@ async def run(
     lease: Lease,
     watcher: Watcher,
     stop: asyncio.Event,
+    governor: Governor | None = None,
 ) -> Tally:
     """Solve `work` with at most `options.concurrency` tasks in flight; commit each result once.
 
-    Setting `stop` ends it cleanly: what is in flight is cancelled and stays pending for the resume.
+    Setting `stop` ends it cleanly: what is in flight is cancelled and stays pending for the resume. So does
+    reaching the spending limit of `governor`, once the calls that were out have ended.
     Raises StorageError when another driver has taken the run or the log cannot be written.
     """
     checkpoint = await connect(options)
-    pool = WorkerPool(make_solver, options, checkpoint)
+    governor = governor or Governor(workers=options.workers)
+    pool = WorkerPool(make_solver, options, checkpoint, governor)
     attempts = Attempts(pool, _records(work, options), options)
     tally = replace(work.kept, counts=dict(work.kept.counts))
     commits = Commits(options, log, lease, checkpoint, watcher, tally, stop)
@@ -94,6 +98,7 @@ async def run(
             # What is not counted yet holds its place, or storage that is slow would fill the memory.
             while (
                 is_ours
+                and governor.may_spend
                 and len(active) + commits.uncounted < options.concurrency
                 and (item := next(waiting, None)) is not None
             ):
@@ -106,6 +111,10 @@ async def run(
                 active | busy | {stopped}, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED
             )
             watcher.tick()
+            for change in governor.tick():
+                log.append(replace(change, run_id=options.run_id, epoch=options.epoch))
+            if governor.is_spent_out:
+                stop.set()
             # A driver that was replaced must stop spending, not only stop committing.
             is_ours = commits.is_ours()
             ended = active & done

@@ -33,6 +33,7 @@ from ray_app.recording import Recording
 from ray_app.records import ChatReply, ExecutionResult, Retrieval, Task, Verdict, digest
 from ray_app.sample.prepare import prepare
 from ray_app.sandbox import NAMESPACES, SandboxLimits, available_isolation, run_python
+from ray_app.slots import RouteKey, Slots
 from ray_app.tokens import counter
 from ray_app.tools.answer import FinalAnswer
 from ray_app.tools.base import Answer, Caller, Tool
@@ -211,6 +212,10 @@ class HleSolver:
             prompts=self.prompts,
             protocol=self.config.protocol,
         )
+
+    def slots(self) -> Mapping[RouteKey, Slots]:
+        """Of each route, where the client has bounds."""
+        return getattr(self.client, "slots", {})
 
     async def close(self) -> None:
         if isinstance(self.client, Router):

@@ -332,7 +332,7 @@ class Journal:
         """The row of a failed call; where the endpoint answered all the same, with what it took."""
         reply = getattr(error, "reply", None)
         if isinstance(reply, ChatReply):
-            _put(row, {name: value for name, value in _chat_columns(reply).items() if name != "retries"})
+            _put(row, _chat_columns(reply))
             self.paid_usd += reply.cost_usd
             self._counted(reply)
         return row
@@ -344,6 +344,7 @@ class Journal:
                 self.usage.prompt_tokens + output.usage.prompt_tokens,
                 self.usage.completion_tokens + output.usage.completion_tokens,
                 self.usage.cached_tokens + output.usage.cached_tokens,
+                self.usage.reasoning_tokens + output.usage.reasoning_tokens,
             )
         return output
 
@@ -375,8 +376,18 @@ def _failed(row: Event, error: BaseException) -> Event:
     message = str(error) if isinstance(error, EvalError) else f"{type(error).__name__}: {error}"
     row.status, row.error_kind, row.error = "error", kind_of(error), message[:2000]
     row.error_type = type(error).__name__
-    row.retries = getattr(error, "retries", 0)
+    row.model = getattr(error, "model", row.model)
+    _put(row, tried(error))
     return row
+
+
+def tried(error: BaseException) -> dict[str, Any]:
+    """Columns of a model call that failed: where it went last, how often, and what its attempts met."""
+    return {
+        "endpoint": getattr(error, "endpoint", ""),
+        "retries": getattr(error, "retries", 0),
+        "detail": getattr(error, "faults", ""),
+    }
 
 
 def _encode_chat(reply: ChatReply, keep: Callable[[str], str]) -> str:
@@ -403,8 +414,10 @@ def _chat_columns(reply: ChatReply) -> dict[str, Any]:
         "prompt_tokens": reply.usage.prompt_tokens,
         "cached_tokens": reply.usage.cached_tokens,
         "completion_tokens": reply.usage.completion_tokens,
+        "reasoning_tokens": reply.usage.reasoning_tokens,
         "cost_usd": reply.cost_usd,
         "retries": reply.retries,
+        "detail": reply.faults,
     }
 
 

@@ -18,13 +18,15 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from ray_app import pulse
 from ray_app.checkpoint import CheckpointClient
 from ray_app.errors import ConfigError, InfrastructureError
+from ray_app.governor import Governor
 from ray_app.options import Options
 from ray_app.planning import Key, WorkItem
+from ray_app.quotas import Grant, WorkerReport
 from ray_app.worker import Report, SolverFactory, Worker, unfinished
 
 CLOSE_TIMEOUT_S = 5.0
 READY_TIMEOUT_S = 180.0
-BEAT_S = 2.0
+BEAT_S = 1.0
 # Logical cores: workers wait on the network, so many fit on a core.
 WORKER_CPUS = 0.05
 # By the deaths that a task was there at: how many tasks may share its worker (0: any number).
@@ -57,23 +59,30 @@ class _Seat:
     lost: asyncio.Future[WorkerLost]
     node: str = ""
     tasks: dict[Key, WorkItem] = field(default_factory=dict)
-    ping: asyncio.Future[Any] | None = None
+    exchange: asyncio.Future[WorkerReport] | None = None
     missed: int = 0
 
     @property
     def has_room(self) -> bool:
         return not self.company or len(self.tasks) < self.company
 
-    def begin_ping(self) -> None:
-        self.ping, self.missed = asyncio.ensure_future(self.actor.ping.remote()), 0
-        _forget(self.ping)
+    def begin_exchange(self, grant: Grant) -> None:
+        self.exchange, self.missed = asyncio.ensure_future(self.actor.exchange.remote(grant)), 0
+        _forget(self.exchange)
 
 
 class WorkerPool:
     """Runs attempts on workers; replaces those that died or answer no more. For one event loop."""
 
-    def __init__(self, make_solver: SolverFactory, options: Options, checkpoint: CheckpointClient) -> None:
+    def __init__(
+        self,
+        make_solver: SolverFactory,
+        options: Options,
+        checkpoint: CheckpointClient,
+        governor: Governor | None = None,
+    ) -> None:
         self._make_solver, self._options, self._checkpoint = make_solver, options, checkpoint
+        self._governor = governor or Governor(workers=options.workers)
         self._made = self._deaths_in_a_row = 0
         self._given_up_by: dict[Key, _Seat] = {}
         self._waiting: list[asyncio.Future[None]] = []  # for a place
@@ -91,7 +100,8 @@ class WorkerPool:
             .remote(self._make_solver, self._options, name, self._checkpoint.actor)
         )
         seat = _Seat(name, actor, company, asyncio.get_running_loop().create_future())
-        seat.begin_ping()  # before its first task, which may hold its event loop at once
+        # Before its first task, which may hold its event loop at once.
+        seat.begin_exchange(self._governor.grant(name))
         _forget(seat.lost)
         self._seats.append(seat)
         return seat
@@ -104,7 +114,7 @@ class WorkerPool:
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 sees = await asyncio.gather(*(seat.actor.sees_lease.remote() for seat in self._seats))
-                nodes = await asyncio.gather(*(seat.actor.ping.remote() for seat in self._seats))
+                reports = await asyncio.gather(*(seat.exchange for seat in self._seats if seat.exchange))
         except TimeoutError:
             raise ConfigError(
                 f"workers: {len(self._seats)} actors of {WORKER_CPUS} CPUs did not start in "
@@ -112,8 +122,8 @@ class WorkerPool:
             ) from None
         except RayError as error:
             raise InfrastructureError(f"a worker cannot start: {last_line(error)}") from None
-        for seat, node in zip(self._seats, nodes, strict=True):
-            seat.node = node
+        for seat, report in zip(self._seats, reports, strict=True):
+            seat.node = report.node
         if not all(sees):
             raise ConfigError(
                 f"run directory {self._options.run_dir}: not there on every node; put TOOLORCH_HOME or "
@@ -201,6 +211,7 @@ class WorkerPool:
         is_over = bool(seat.company and not seat.tasks and seat in self._seats)
         if is_over:
             self._seats.remove(seat)
+            self._governor.lose(seat.name)
         waiting, self._waiting = self._waiting, []
         for room in waiting:
             if not room.done():
@@ -223,6 +234,7 @@ class WorkerPool:
             await asyncio.wait({seat.lost})
             return
         self._seats.remove(seat)
+        self._governor.lose(seat.name)
         tasks = dict(seat.tasks)
         try:
             is_node = _node_is_dead(seat.node, error)
@@ -245,9 +257,24 @@ class WorkerPool:
                 f"last with: {reason}; stopped here, the same command goes on"
             )
 
+    def _exchange(self, seat: _Seat) -> Exception | None:
+        """Takes the last report, if it is there, and asks for the next; an error ends the worker."""
+        last = seat.exchange
+        if last is None or not last.done():
+            return None
+        error = None if last.cancelled() else last.exception()
+        if isinstance(error, RayError) and not isinstance(error, RayTaskError):
+            known: Exception = error
+            return known
+        if error is None and not last.cancelled():
+            seat.node = last.result().node
+            self._governor.hear(seat.name, last.result())
+        seat.begin_exchange(self._governor.grant(seat.name))
+        return None
+
     async def _beat(self) -> None:
-        """Asks every worker for a sign of life. Counted in beats of this loop: time in which the driver
-        itself was stopped says nothing of a worker."""
+        """Tells every worker what it may do and hears what it did, which is its sign of life too. Counted in
+        beats of this loop: time in which the driver itself was stopped says nothing of a worker."""
         beat_s = min(BEAT_S, self._options.worker_lease_s / 2)
         lease, start = (
             max(2, round(span / beat_s)) for span in (self._options.worker_lease_s, READY_TIMEOUT_S)
@@ -256,7 +283,7 @@ class WorkerPool:
         while True:
             await asyncio.sleep(beat_s)
             for seat in list(self._seats):
-                error = _answer_to_ping(seat)
+                error = self._exchange(seat)
                 seat.missed += 1
                 if error is None and seat.missed < (lease if seat.node else start):
                     continue
@@ -269,21 +296,6 @@ class WorkerPool:
                 losing.add(task)
                 task.add_done_callback(losing.discard)
                 task.add_done_callback(_forget)
-
-
-def _answer_to_ping(seat: _Seat) -> Exception | None:
-    """Takes the answer to the last ping, if it is there, and sends the next; an error ends the worker."""
-    ping = seat.ping
-    if ping is None or not ping.done():
-        return None
-    error = None if ping.cancelled() else ping.exception()
-    if isinstance(error, RayError) and not isinstance(error, RayTaskError):
-        known: Exception = error
-        return known
-    if error is None and not ping.cancelled():
-        seat.node = ping.result()
-    seat.begin_ping()
-    return None
 
 
 def _end(seat: _Seat) -> None:

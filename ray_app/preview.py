@@ -1,10 +1,13 @@
-"""`--plan`: what a run would do and cost, and what it lacks, before anything is started or paid."""
+"""`--plan`: what a run would do and cost, and what it lacks, before anything is started.
+
+Each endpoint is asked for its list of models and for a few tokens; what those cost is said.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from ray_app import events, object_store, planning, services
 from ray_app.chat import Router, cost
 from ray_app.config import BaseRun
 from ray_app.driver import Job
+from ray_app.probe import Probe
 from ray_app.records import Usage
 
 # Of a call, without a run to learn from.
@@ -39,6 +43,24 @@ class RouteRow:
     model: str
     address: str
     problem: str
+    notes: str = "answers"
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """The routes as they were found, and what asking them used."""
+
+    rows: list[RouteRow]
+    usage: Usage
+    cost_usd: float
+
+    @property
+    def line(self) -> str:
+        tokens = self.usage.prompt_tokens + self.usage.completion_tokens
+        if self.cost_usd > 0:
+            return f"Nothing was started. Probing the routes used {tokens:,} tokens: ${self.cost_usd:.4f}."
+        used = f" Probing the routes used {tokens:,} tokens, free of charge." if tokens else ""
+        return f"Nothing was started or paid.{used}"
 
 
 def show(job: Job, work: planning.Plan, console: Console) -> bool:
@@ -52,8 +74,8 @@ def show(job: Job, work: planning.Plan, console: Console) -> bool:
         highlight=False,
     )
     console.print(job.plan_line(), soft_wrap=True, highlight=False)
-    rows = asyncio.run(_routes(job))
-    console.print(_route_table(rows))
+    probed = asyncio.run(_routes(job))
+    console.print(_route_table(probed.rows))
     estimate = expected(job, len(work.items))
     console.print(
         f"Expected: about {estimate.calls:,.0f} model calls, ${estimate.cost_usd:,.2f} ({estimate.basis})",
@@ -62,11 +84,11 @@ def show(job: Job, work: planning.Plan, console: Console) -> bool:
     for line in caveats(job.config):
         console.print(line, style="yellow", markup=False, soft_wrap=True, highlight=False)
     problems = [
-        f"{row.name}: {row.problem}" for row in rows if row.problem and not row.problem.startswith("(")
+        f"{row.name}: {row.problem}" for row in probed.rows if row.problem and not row.problem.startswith("(")
     ]
     for problem in problems:
         console.print(f"missing: {problem}", style="red", markup=False, soft_wrap=True, highlight=False)
-    console.print("Nothing was started or paid.", highlight=False)
+    console.print(probed.line, soft_wrap=True, highlight=False)
     return not problems
 
 
@@ -118,7 +140,7 @@ def _so_far(run_dir: Path) -> tuple[int, int, float]:
     return finished, calls, spent
 
 
-async def _routes(job: Job) -> list[RouteRow]:
+async def _routes(job: Job) -> Probed:
     """Every route of the run with a probe; "(...)" marks what the job itself will start."""
     config, urls = job.config, job.serve_config.urls()
     router = Router(config.models, urls)
@@ -126,17 +148,29 @@ async def _routes(job: Job) -> list[RouteRow]:
         name: await services.probe(f"{job.serve_config.root(name)}/health")
         for name in services.needed(config)
     }
-    problems = {}
-    for name, model in config.models.items():
-        waiting = [item.service for item in model.endpoints if item.service and down.get(item.service)]
-        problems[name] = f"(service {waiting[0]} will be started)" if waiting else await router.probe(name)
-    addresses = {name: ", ".join(found) for name, found in router.routes().items()}
+    found: dict[str, list[Probe]] = {}
+    for name in config.models_used():
+        waiting = [item.service for item in config.models[name].endpoints if down.get(item.service or "")]
+        if waiting:
+            found[name] = [Probe("", f"(service {waiting[0]} will be started)")]
+        else:
+            found[name] = await router.examine(name, with_tools=name == config.routes()["orchestrator"])
     rows = [
-        RouteRow(_spoken(name), model, addresses[model], problems[model])
+        _row(_spoken(name), model, router.routes()[model], found[model])
         for name, model in config.routes().items()
     ]
     await router.close()
-    return [*rows, *await _retriever_row(job, down)]
+    used = [(probe.usage, config.models[name]) for name, probes in found.items() for probe in probes]
+    usage = Usage(sum(one.prompt_tokens for one, _ in used), sum(one.completion_tokens for one, _ in used))
+    paid = sum(cost(one, model) for one, model in used)
+    return Probed([*rows, *await _retriever_row(job, down)], usage, paid)
+
+
+def _row(name: str, model: str, urls: Sequence[str], probes: Sequence[Probe]) -> RouteRow:
+    """One line for all endpoints: what is wrong with any of them, else what each of them showed."""
+    problems = [f"{probe.url}: {probe.problem}" if probe.url else probe.problem for probe in probes]
+    problem = "; ".join(line for line, probe in zip(problems, probes, strict=True) if probe.problem)
+    return RouteRow(name, model, ", ".join(urls), problem, "\n".join(probe.line for probe in probes))
 
 
 async def _retriever_row(job: Job, down: Mapping[str, Any]) -> list[RouteRow]:
@@ -158,5 +192,5 @@ def _spoken(key: str) -> str:
 def _route_table(rows: list[RouteRow]) -> Table:
     table = Table("route", "model", "address", "probe", title="Routes", title_justify="left")
     for row in rows:
-        table.add_row(row.name, row.model, row.address, row.problem or "answers")
+        table.add_row(row.name, row.model, row.address, row.problem or row.notes)
     return table

@@ -126,6 +126,11 @@ class Pulse:
             if self._calls.pop(number, None) is not None:
                 self._ended_calls += 1
 
+    @property
+    def in_flight(self) -> int:
+        """Calls that have gone out and not ended."""
+        return len(self._calls)
+
     def beat(self) -> None:
         """Write the status now."""
         self._write(self.status())

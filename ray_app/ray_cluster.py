@@ -70,6 +70,15 @@ def _answers(address: str) -> bool:
         return False
 
 
+def metrics_pages() -> list[str]:
+    """The metrics page of each living node, where what our own engines say of themselves stands."""
+    return [
+        f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
 def head_address() -> str:
     """The address of the cluster's head node, where the Serve proxy answers."""
     for node in ray.nodes():

@@ -29,6 +29,7 @@ EventKind = Literal[
     "verdict",
     "result",
     "run_end",
+    "limit",
 ]
 Role = Literal["", "orchestrator", "expert", "user", "judge"]
 Status = Literal["ok", "error", "invalid"]
@@ -90,16 +91,21 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts as the endpoint reports them."""
+    """Token counts as the endpoint reports them. Cached are of the prompt, reasoning of the completion."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ChatReply:
-    """A model's answer, with where it came from and what it took (seconds, US dollars)."""
+    """A model's answer, with where it came from and what it took (seconds, US dollars).
+
+    `queue_s` is all that came before the attempt that was answered; `faults` names what the attempts before
+    it met, in order ("429,500"; `faults.py` has the names).
+    """
 
     content: str
     tool_calls: tuple[ToolCall, ...] = ()
@@ -112,6 +118,7 @@ class ChatReply:
     decode_s: float = 0.0
     cost_usd: float = 0.0
     retries: int = 0
+    faults: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +238,7 @@ class Event:
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     completion_tokens: int | None = None
+    reasoning_tokens: int | None = None
     cost_usd: float | None = None
     retries: int = 0
     search_backend: str = ""

@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import itertools
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from ray_app.config import BaseRun, explain
 from ray_app.errors import ConfigError, InfrastructureError
+from ray_app.failure import root_cause
 from ray_app.rundir import PACKAGE
 
 READY_TIMEOUT_S = 600
 INFO_TIMEOUT_S = 10.0
 PROXY_TIMEOUT_S = 60
+WAIT_CHARS = 160
 SAY_EVERY_S = 10
+# What takes long is told of more and more rarely: each time when it has taken so much longer.
+SAY_GROWTH = 1.3
 
 
 @dataclass(frozen=True)
@@ -123,20 +126,22 @@ def ensure(
 ) -> None:
     """Deploy the applications among `names` that are missing or differ. Needs a connected Ray.
 
-    Raises InfrastructureError, with Serve's own message, when one is not ready in READY_TIMEOUT_S.
+    Raises InfrastructureError, with the reason in one line, when one is not ready in time: its own
+    `ready_timeout_s`, as a large model has it, or READY_TIMEOUT_S.
     """
     from ray import serve  # heavy, and `--plan` without a cluster does not need it
 
     address = {"host": serve_config.host, "port": serve_config.port}
     serve.start(proxy_location=serve_config.proxy_location, http_options=address)
+    lacking = []
     for name in names:
         service = serve_config.services[name]
         state = "is redeployed (--fresh)" if fresh else _difference(service)
-        if not state:
-            say(f"service {name}: running, same config and code")
-            continue
-        say(f"service {name}: {state}")
-        _deploy(service, say)
+        say(f"service {name}: {state or 'running, same config and code'}")
+        if state:
+            lacking.append(service)
+    if lacking:
+        _deploy(lacking, say)
 
 
 async def wait_for_proxy(url: str) -> None:
@@ -155,37 +160,76 @@ async def wait_for_proxy(url: str) -> None:
     )
 
 
-def _deploy(service: Service, say: Callable[[str], None]) -> None:
+def _deploy(lacking: Sequence[Service], say: Callable[[str], None]) -> None:
+    """All at once: models take minutes each to load, on cards of their own."""
     from ray import serve
 
     started = time.monotonic()
-    app = _builder(service)(_arguments(service))
-    target = serve.RunTarget(target=app, name=service.name, route_prefix=service.route_prefix)
-    serve.run_many([target], wait_for_applications_running=False)
-    for second in itertools.count():
-        if not _difference(service):
-            break
-        message = _trouble(service.name)
-        if message or second >= READY_TIMEOUT_S:
-            raise InfrastructureError(
-                f"service {service.name}: not ready after {second} s: {message or 'Serve gives no reason'}"
-            )
-        if second and second % SAY_EVERY_S == 0:
-            say(f"service {service.name}: starting ({second} s)")
+    targets = [
+        serve.RunTarget(
+            target=_builder(service)(_arguments(service)),
+            name=service.name,
+            route_prefix=service.route_prefix,
+        )
+        for service in lacking
+    ]
+    serve.run_many(targets, wait_for_applications_running=False)
+    waiting, say_at_s = list(lacking), float(SAY_EVERY_S)
+    while waiting:
         time.sleep(1.0)
-    say(f"service {service.name}: ready after {time.monotonic() - started:.0f} s")
+        elapsed_s = time.monotonic() - started
+        is_told = elapsed_s >= say_at_s
+        waiting = [service for service in waiting if not _is_ready(service, elapsed_s, say, is_told=is_told)]
+        if is_told:
+            say_at_s = max(elapsed_s + SAY_EVERY_S, elapsed_s * SAY_GROWTH)
 
 
-def _trouble(name: str) -> str:
-    """Why the application cannot become ready, in one line; "" while it may still."""
+def _is_ready(service: Service, elapsed_s: float, say: Callable[[str], None], *, is_told: bool) -> bool:
+    """Whether it is; tells of it, and where `is_told` of what it waits for. Raises InfrastructureError."""
+    if not _difference(service):
+        say(f"service {service.name}: ready after {elapsed_s:.0f} s")
+        return True
+    limit_s: float = getattr(_arguments(service), "ready_timeout_s", READY_TIMEOUT_S)
+    state = _state(service.name)
+    if state.reason or elapsed_s >= limit_s:
+        reason = state.reason or state.waits_for or "Serve gives no reason"
+        raise InfrastructureError(f"service {service.name}: not ready after {elapsed_s:.0f} s: {reason}")
+    if is_told:
+        why = f"; waits for {state.waits_for}" if state.waits_for else ""
+        say(f"service {service.name}: starting ({elapsed_s:.0f} s of at most {limit_s:.0f}{why})")
+    return False
+
+
+class _State(NamedTuple):
+    """Of an application that is not ready: why it never will be, or what it waits for."""
+
+    reason: str = ""
+    waits_for: str = ""
+
+
+def _state(name: str) -> _State:
     from ray import serve
-    from ray.serve.schema import ApplicationStatus
+    from ray.serve.schema import ApplicationStatus, DeploymentStatus
+
+    from ray_app.replica_logs import replica_logs
 
     app = serve.status().applications.get(name)
-    if app is None or app.status != ApplicationStatus.DEPLOY_FAILED:
-        return ""
-    reasons = [app.message, *(item.message for item in app.deployments.values())]
-    return " ".join(" ".join(reasons).split())[-600:]
+    if app is None:
+        return _State()
+    if app.status == ApplicationStatus.DEPLOY_FAILED:
+        bad = {
+            key: item.message
+            for key, item in app.deployments.items()
+            if item.status == DeploymentStatus.DEPLOY_FAILED
+        }
+        logs = [text for key in bad for text in replica_logs(name, key)]
+        return _State(reason=root_cause([*bad.values(), app.message, *logs]))
+    late = {
+        key: root_cause([item.message])[:WAIT_CHARS]
+        for key, item in app.deployments.items()
+        if item.status != DeploymentStatus.HEALTHY
+    }
+    return _State(waits_for=", ".join(f"{key} ({why})" if why else key for key, why in late.items()))
 
 
 def _difference(service: Service) -> str:

@@ -15,6 +15,9 @@ from typing import Literal, NamedTuple
 # congested: the endpoint said or showed that it has too much (429, 503, a time-out); broken: any other fault.
 Ending = Literal["ok", "congested", "broken", "cancelled"]
 
+# Kept until they are taken: more than end within a second, and a bound where nobody takes any.
+MAX_SAMPLES = 4096
+
 
 class RouteKey(NamedTuple):
     """A model of the run config at one of its endpoints: what has a limit of its own."""
@@ -40,7 +43,7 @@ class Slots:
         self._limit = limit
         self.in_flight = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._ended: list[Sample] = []
+        self._ended: deque[Sample] = deque(maxlen=MAX_SAMPLES)
 
     @property
     def waiting(self) -> int:
@@ -78,8 +81,9 @@ class Slots:
         self._admit()
 
     def take(self) -> list[Sample]:
-        """What ended since the last call."""
-        ended, self._ended = self._ended, []
+        """What ended since the last call; of very much, the latest."""
+        ended = list(self._ended)
+        self._ended.clear()
         return ended
 
     def _admit(self) -> None:

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import ray
 
 from ray_app import lease, pulse
+from ray_app.allowance import Allowance
 from ray_app.committer import Committer
 from ray_app.errors import EvalError, InfrastructureError, StorageError, kind_of
 from ray_app.journal import Journal
 from ray_app.options import Options
 from ray_app.planning import Key, WorkItem
 from ray_app.pulse import Pulse
+from ray_app.quotas import Grant, WorkerReport
 from ray_app.records import Event, Outcome, Task, TaskResult, Verdict
+from ray_app.slots import RouteKey, Slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,12 @@ class Solver(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+class BoundedSolver(Solver, Protocol):
+    """A solver whose model calls can be bounded: `slots` hands out those of each route."""
+
+    def slots(self) -> Mapping[RouteKey, Slots]: ...
 
 
 SolverFactory = Callable[[], Solver]
@@ -68,6 +77,10 @@ class Worker:
         self._journals: dict[tuple[Key, int], Journal] = {}
         self._given_up: set[asyncio.Task[Solved]] = set()
         self._solver = make_solver()
+        slots: Mapping[RouteKey, Slots] = getattr(
+            self._solver, "slots", dict
+        )()  # a solver without a model client has none
+        self._allowance = Allowance(slots, open_calls=lambda: self._pulse.in_flight)
 
     async def solve(self, item: WorkItem) -> Report:
         """One attempt. Whatever goes wrong is data in the report, never an exception."""
@@ -82,6 +95,9 @@ class Worker:
             result = _broken(item, journal, error)
         finally:
             self._journals.pop((item.key, item.attempt), None)
+        if result.outcome != "ok" and not self._allowance.may_spend:
+            # What ends now may end for want of money: it stays pending, and the driver cancels it.
+            await asyncio.Event().wait()
         # A result that counts has its evidence in the log: a judge-only pass, say, reads it there.
         try:
             await log.stored()
@@ -121,11 +137,14 @@ class Worker:
         newest = await asyncio.to_thread(lease.newest_epoch, self._options.run_dir)
         return newest >= self._options.epoch
 
-    async def ping(self) -> str:
-        """This worker's node; answers while its event loop turns."""
-        return self._node
+    async def exchange(self, grant: Grant) -> WorkerReport:
+        """Takes what this worker may do now, tells what it did; answers while its event loop turns."""
+        self._committer.allow(may_spend=grant.may_spend)
+        self._allowance.spent_usd = self._committer.spent_usd
+        return self._allowance.exchange(grant, self._node)
 
     async def close(self) -> None:
+        self._allowance.close()
         try:
             await self._solver.close()
         finally:

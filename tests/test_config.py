@@ -116,6 +116,15 @@ def full(*changes: str) -> RunConfig:
     return load(SAMPLE.parent / "hle_full.yaml", changes, {})
 
 
+def test_a_run_may_go_on_with_more_money_and_other_limits_of_calls() -> None:
+    base = full()
+    assert full("limits.run_cost_usd=5").digest == base.digest != full("limits.cost_usd=5").digest
+    endpoint = '[{"base_url": "http://127.0.0.1:1/v1", "concurrency": 40}]'
+    assert full(f"models.gpt-5.endpoints={endpoint}").digest == base.digest
+    with pytest.raises(ConfigError, match=r"limits\.run_cost_usd: models\.gpt-5 has no price"):
+        full("limits.run_cost_usd=5", "models.gpt-5.price=null")
+
+
 def test_a_price_may_be_mended_in_mid_run_but_not_what_the_orchestrator_was_told() -> None:
     base = full()
     assert full("models.orchestrator-8b.price.output=9", "code.usd_per_s=1").digest == base.digest

@@ -30,6 +30,7 @@ OPTIONAL = {
         "prompt_tokens",
         "cached_tokens",
         "completion_tokens",
+        "reasoning_tokens",
     ),
     *("cost_usd", "local_hits", "web_hits", "exit_status", "outcome", "is_correct", "confidence"),
     *("web_calls", "context_tokens", "context_cut"),

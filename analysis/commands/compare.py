@@ -38,7 +38,10 @@ def command(
         list[int] | None, typer.Option("--trial", help="Only this trial, from 0; may be repeated.")
     ] = None,
     ignore_labels: Annotated[
-        bool, typer.Option("--ignore-labels", help="Give a verdict although protocol, judge or data differ.")
+        bool,
+        typer.Option(
+            "--ignore-labels", help="Pair by id alone, and judge although protocol, judge or data differ."
+        ),
     ] = False,
 ) -> None:
     """Task by task: accuracy, what flipped, cost and latency, and whether B is better, worse, or who knows.

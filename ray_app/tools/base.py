@@ -15,7 +15,7 @@ from ray_app.chat import ChatClient, ChatRequest
 from ray_app.config import Alias, ModelConfig, Sampling, ToolName
 from ray_app.errors import ContextOverflow
 from ray_app.fitting import Fit
-from ray_app.journal import CHAT, Journal
+from ray_app.journal import CHAT, Journal, tried
 from ray_app.records import ChatReply, Message, Role, Task
 from ray_app.tokens import TokenCounter, counter
 from ray_app.workspace import Context, Workspace, expert_context
@@ -180,6 +180,7 @@ class Caller:
                     status="error",
                     error_kind="model",
                     error=str(error),
+                    **tried(error),
                     **columns,
                 )
                 draft = draft.within(shorter)
@@ -212,8 +213,11 @@ def _plain(message: Message) -> list[Any]:
     return plain
 
 
-def schema(tool: Tool, models: Mapping[str, ModelConfig]) -> dict[str, Any]:
-    """The function tool that the orchestrator sees: one required argument, an alias from the enum."""
+def schema(tool: Tool, models: Mapping[str, ModelConfig], *, is_strict: bool = False) -> dict[str, Any]:
+    """The function tool that the orchestrator sees: one required argument, an alias from the enum.
+
+    `is_strict` asks an endpoint that knows the word to let nothing else be decoded.
+    """
     lines = [describe(name, alias, models[alias.model]) for name, alias in tool.aliases.items()]
     parameter = {
         "type": "string",
@@ -225,6 +229,7 @@ def schema(tool: Tool, models: Mapping[str, ModelConfig]) -> dict[str, Any]:
         "function": {
             "name": tool.name,
             "description": tool.purpose,
+            **({"strict": True} if is_strict else {}),
             "parameters": {
                 "type": "object",
                 "properties": {"model": parameter},

@@ -109,6 +109,8 @@ def test_what_is_not_settled_in_both_is_left_out_and_counted() -> None:
     pairing = found.pairing
     assert (pairing.pairs, pairing.only_first, pairing.only_second, pairing.unsettled) == (3, 1, 2, 2)
     assert (pairing.asked_otherwise, pairing.judged_otherwise) == (1, 1)
+    pairing = compare(first, second, ignore_labels=True).pairing
+    assert (pairing.pairs, pairing.asked_otherwise, pairing.by_id_alone) == (5, 0, True)
     assert [flip.task_id for flip in found.to_right] == ["limited", "overflow"]
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import yaml
@@ -41,11 +42,7 @@ class Cluster:
 
     def start(self) -> None:
         """Two raylets, and the services on the head; returns when those answer."""
-        dashboard = ["--include-dashboard=true", f"--dashboard-port={self.dashboard.rpartition(':')[2]}"]
-        port, client = self.gcs.rpartition(":")[2], *free_ports(1)
-        head = ["--head", f"--port={port}", f"--ray-client-server-port={client}", *dashboard]
-        self._start_node("head", [*head, f"--temp-dir={self.temporary}", "--num-cpus=3"])
-        _wait_for(f"{self.dashboard}/api/version")
+        self.start_head(num_cpus=3)
         self._run_in_background(
             "serve", [str(BIN / "serve"), "run", "--non-blocking", str(self.serve_config)]
         )
@@ -53,6 +50,14 @@ class Cluster:
         _wait_for(f"{self.http}/baseline/health")
         # Last, so that no replica is there, whose loss with the node would cost 10 to 30 s.
         self.join("second")
+
+    def start_head(self, num_cpus: int) -> None:
+        """The first raylet; returns when its dashboard answers. Nothing is served."""
+        dashboard = ["--include-dashboard=true", f"--dashboard-port={self.dashboard.rpartition(':')[2]}"]
+        port, client = self.gcs.rpartition(":")[2], *free_ports(1)
+        head = ["--head", f"--port={port}", f"--ray-client-server-port={client}", *dashboard]
+        self._start_node("head", [*head, f"--temp-dir={self.temporary}", f"--num-cpus={num_cpus}"])
+        _wait_for(f"{self.dashboard}/api/version")
 
     def join(self, name: str) -> None:
         """Adds a raylet; returns when it has joined."""
@@ -168,20 +173,34 @@ def free_ports(number: int) -> list[int]:
 @contextmanager
 def running(folder: Path, latency_s: float) -> Iterator[Cluster]:
     """Two raylets on loopback, the sample retriever and the baseline served by `serve run`."""
+    values = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    for app in values["applications"]:
+        if app["name"] == "baseline":
+            app["args"] = {"latency": {"mean_s": latency_s, "sigma": 0.1}}
+    with made(folder, values) as cluster:
+        cluster.start()
+        yield cluster
+
+
+@contextmanager
+def made(folder: Path, serve_config: dict[str, Any]) -> Iterator[Cluster]:
+    """A cluster that the caller starts, with this Serve config on ports of its own; killed at the end."""
     _share_indexes(folder / "home")
     gcs, dashboard, http = free_ports(3)
+    serve_config["http_options"]["port"] = http
+    path = folder / "serve.yaml"
+    path.write_text(yaml.safe_dump(serve_config))
     # A folder of its own: `ray` in another terminal must not find this cluster, or its remains.
     temporary = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short, for the paths of Ray's sockets
     cluster = Cluster(
         f"127.0.0.1:{gcs}",
         f"http://127.0.0.1:{dashboard}",
         f"http://127.0.0.1:{http}",
-        _serve_config(folder, http, latency_s),
+        path,
         folder,
         temporary,
     )
     try:
-        cluster.start()
         yield cluster
     finally:
         cluster.kill()
@@ -194,17 +213,6 @@ def _share_indexes(home: Path) -> None:
     shared.mkdir(parents=True, exist_ok=True)
     home.mkdir()
     (home / "indexes").symlink_to(shared)
-
-
-def _serve_config(folder: Path, port: int, latency_s: float) -> Path:
-    values = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    values["http_options"]["port"] = port
-    for app in values["applications"]:
-        if app["name"] == "baseline":
-            app["args"] = {"latency": {"mean_s": latency_s, "sigma": 0.1}}
-    path = folder / "serve.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
 
 
 def _wait_for(url: str) -> None:
