@@ -25,7 +25,7 @@ STAGE_COLOURS = {
     "queue": "#8a9099",
     "orchestrator": BLUE,
     "expert": ORANGE,
-    "user": "#2f9aa0",
+    "user": "#2fa7a0",
     "environment": "#b08968",
     "retrieval": GREEN,
     "web": YELLOW,

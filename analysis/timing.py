@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from analysis.log import STAGES, Floats, Mask, RunLog, counts, pick, said, split, sums
+from analysis.log import STAGES, Floats, Mask, RunLog, counts, split, sums
 from analysis.numbers import Histogram, Summary, describe, linear_histogram, log_histogram, ordered
 
 Group = Literal["tool", "model", "stage", "orchestrator", "tokens"]
@@ -115,24 +115,23 @@ def series(log: RunLog) -> Iterator[Series]:
 
 def quantities(log: RunLog) -> Iterator[Series]:
     """What `series` gives, as it lies in the log: unsorted."""
-    duration = log.numbers("duration_s")
     tools, models = log.words("tool"), log.words("model")
     is_tool, is_model = log.kind("tool_call"), log.kind("model_call")
-    by_tool = split(tools, duration, log.timed & is_tool)
+    by_tool = split(log, tools, "duration_s", log.timed & is_tool)
     failed = counts(tools, log.calls & is_tool & log.is_error)
     yield from _if_any("tool", ALL, np.concatenate([*by_tool.values(), np.empty(0)]), sum(failed.values()))
     for name in sorted({*by_tool, *failed}, key=place):
         yield from _if_any("tool", name, by_tool.get(name, np.empty(0)), failed.get(name, 0))
     rows = np.flatnonzero(log.timed & is_model)
-    by_model = split(models, duration, rows)
+    by_model = split(log, models, "duration_s", rows)
     failed = counts(models, log.calls & is_model & log.is_error)
     for name in dict.fromkeys([*by_model, *failed]):
         yield from _if_any("model", name or "(unknown)", by_model.get(name, np.empty(0)), failed.get(name, 0))
     for name in ("queue", "prefill", "decode"):
-        yield from _if_any("stage", name, pick(log.numbers(f"{name}_s"), rows))
+        yield from _if_any("stage", name, log.pick(f"{name}_s", rows))
     for name, mask in stage_masks(log).items():
         failures = int((log.calls & mask & log.is_error).sum())
-        yield from _if_any("stage", name, pick(duration, np.flatnonzero(log.timed & mask)), failures)
+        yield from _if_any("stage", name, log.pick("duration_s", np.flatnonzero(log.timed & mask)), failures)
     yield from _orchestrator(log)
 
 
@@ -152,15 +151,14 @@ def stage_masks(log: RunLog) -> dict[str, Mask]:
 
 def _orchestrator(log: RunLog) -> Iterator[Series]:
     rows = np.flatnonzero(log.timed & log.role("orchestrator"))
-    queue, prefill, decode = (log.numbers(f"{name}_s")[rows] for name in ("queue", "prefill", "decode"))
-    prompt, completion = (log.numbers(f"{name}_tokens")[rows] for name in ("prompt", "completion"))
+    for name in ("queue", "prefill", "decode"):
+        yield from _if_any("orchestrator", name, log.pick(f"{name}_s", rows))
     # Prefill plus decode is the model's own time, without the wait for a place at the endpoint.
-    times = {"queue": queue, "prefill": prefill, "decode": decode, "inference": prefill + decode}
-    for name, values in times.items():
-        yield from _if_any("orchestrator", name, said(values))
-    lengths = {"prompt": prompt, "completion": completion, "prompt + completion": prompt + completion}
-    for name, values in lengths.items():
-        yield from _if_any("tokens", name, said(values))
+    yield from _if_any("orchestrator", "inference", log.pick_sum(("prefill_s", "decode_s"), rows))
+    for name in ("prompt", "completion"):
+        yield from _if_any("tokens", name, log.pick(f"{name}_tokens", rows))
+    both = log.pick_sum(("prompt_tokens", "completion_tokens"), rows)
+    yield from _if_any("tokens", "prompt + completion", both)
 
 
 def _if_any(group: Group, name: str, values: Floats, errors: int = 0) -> Iterator[Series]:
@@ -181,7 +179,7 @@ def described(one: Series) -> TimingRow:
 
 
 def components(log: RunLog) -> list[Components]:
-    """The mean call of each tool, and of each model but the experts (theirs are in the tools), by part."""
+    """The mean call of each tool, of the orchestrator and of the judge, by part."""
     tools, size = log.words("tool"), len(log.words("tool").names)
     masks, timed, duration = stage_masks(log), log.timed, log.numbers("duration_s")
     spent = {
@@ -202,9 +200,7 @@ def components(log: RunLog) -> list[Components]:
         if n[code]
     ]
     found.sort(key=lambda row: place(row.name))
-    for role in MODEL_STAGES:
-        if role == "expert":
-            continue
+    for role in ("orchestrator", "user", "judge"):
         mask = timed & masks[role]
         if calls := int(mask.sum()):
             own = {part: float(np.nansum(log.numbers(f"{part}_s")[mask])) for part in PARTS[:3]}

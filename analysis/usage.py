@@ -17,7 +17,7 @@ from analysis.timing import TOOLS
 
 COLUMNS = (*WORK, *STAGES)
 OTHER_WORK = ("orchestrator", "user", "judge", "retrieval", "code")
-_ROLES = ("orchestrator", "user", "judge")
+ROLES = ("orchestrator", "user", "judge")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ def _works(log: RunLog) -> list[_Work]:
     known = [name for name in TOOLS if name in names] + sorted(names.difference(TOOLS))
     found = [_Work(name, called & tools.is_in(name), expert & tools.is_in(name)) for name in known]
     for name in OTHER_WORK:
-        mask = log.calls & (log.role(name) if name in _ROLES else log.kind(name))
+        mask = log.calls & (log.role(name) if name in ROLES else log.kind(name))
         if mask.any():
             found.append(_Work(name, mask, mask))
     return found
