@@ -5,6 +5,7 @@ The baseline is deterministic, so whatever dies, a run must end with the answers
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -137,6 +138,8 @@ def test_dialogues_cut_by_the_death_of_a_worker_and_of_the_driver_go_on_in_their
 
     job.told.check(expected)
     assert job.told.dialogues() == dialogues, output
+    assert "20 planned simulations: 20 count, 0 infrastructure errors left out" in output
+    assert json.loads((job.run_dir / "analysis" / "tau2.json").read_text())["overall"]["tasks"] == 20
     assert cut, "the driver left dialogues in their middle"
     assert {row["epoch"] for row in job.told.rows("result")} == {1, 2}
     assert max(row["attempt"] for row in job.told.rows("result") if row["epoch"] == 1) >= 2
