@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from analysis.__main__ import app
 from analysis.log import open_run
 from analysis.simulations import COLUMNS, simulations
+from ray_app.event_writer import EventWriter
 from ray_app.records import Event
 from tests.analysis.runs import event, result, run_start, write_run
 
@@ -91,3 +92,23 @@ def test_the_page_always_says_what_was_left_out_and_json_has_all(run_dir: Path) 
 def test_a_run_without_results_is_a_sentence(tmp_path: Path) -> None:
     write_run(tmp_path / "run", [run_start(10, **FACTS)])
     assert "no result is in the log yet" in CliRunner().invoke(app, ["tau2", str(tmp_path / "run")]).output
+
+
+def test_each_counted_simulation_is_exported_as_a_file_of_its_newest_attempt(tmp_path: Path) -> None:
+    writer = EventWriter(tmp_path / "run", "w")
+
+    def simulated(task: str, attempt: int, said: str) -> None:
+        body = writer.payload(json.dumps({"task_id": task, "messages": [said]}))
+        common: dict[str, Any] = {"category": "airline", "attempt": attempt, "payload_hash": body}
+        writer.append(event("simulation", task=task, detail="user_stop", **common))
+
+    simulated("airline:../7", 2, "second")
+    simulated("airline:../7", 1, "first")
+    simulated("airline:8", 1, "its attempt was lost")
+    writer.append(result("airline:../7", "ok", True, attempt=2, category="airline"))
+    writer.close()
+    out = tmp_path / "out"
+    told = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--to", str(out), "--format", "tau2"])
+    assert told.output == f"{out}: 1 files airline/{{id}}.json\n"
+    (written,) = out.rglob("*.json")
+    assert written.parent == out / "airline" and json.loads(written.read_text())["messages"] == ["second"]
