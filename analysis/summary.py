@@ -274,7 +274,7 @@ def _totals(log: RunLog, results: RunLog, segments: list[Segment]) -> Totals:
     paid = log.calls & log.kind("model_call", "retrieval", "code")
 
     def total(name: str, mask: Mask) -> float:
-        return float(np.nansum(log.numbers(name)[mask]))
+        return float(log.pick(name, mask).sum())
 
     return Totals(
         epochs=len(segments),

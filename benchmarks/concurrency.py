@@ -32,10 +32,11 @@ from ray_app.slots import Ending, RouteKey, Sample, Slots
 
 SPEED = 60.0  # seconds of a curve in one of the clock
 WITHIN = 0.9
+CALLERS = 640  # tasks that ask one call after the other
 # A block of so many calls that is within a tenth of the best: found.
 BLOCK = 250
 # Curves of this draw were not seen while the controller was made.
-FIRST_DRAW = 800_000
+FIRST_DRAW = 900_000
 EPISODE_S = 10.0  # refused calls that are so far apart belong to two episodes
 
 
@@ -76,7 +77,7 @@ def judged(ended_s: Sequence[float], works: Sequence[float], best: float, learni
 
 
 def virtual(curve: thrash.Curve, start: int, sizes: Sizes, seed: int) -> Outcome:
-    found = thrash.simulate(curve, start, sizes.calls, seed=seed)
+    found = thrash.simulate(curve, start, sizes.calls, seed=seed, demand=lambda at: CALLERS)
     return judged(found.ended_s, found.works, thrash.best(curve)[1], sizes.learning)
 
 
@@ -85,7 +86,7 @@ def _drawn(asked: tuple[int, Sizes]) -> list[Outcome]:
     seed, sizes = asked
     curve = thrash.drawn(seed)
     best, _ = thrash.best(curve)
-    starts = (1, best, min(thrash.MOST, 8 * best))
+    starts = (1, best, min(CALLERS, 8 * best))
     return [virtual(curve, start, sizes, seed) for start in starts]
 
 
@@ -176,7 +177,7 @@ def over_http(
 ) -> Load:
     argument = {"curve": curve, "speed": SPEED, "capacity": capacity}
     with Child("benchmarks.thrash_server", argument) as child:
-        load = Load(child.started().hello["url"], bounds, callers=640 if capacity is None else 120)
+        load = Load(child.started().hello["url"], bounds, callers=CALLERS if capacity is None else 120)
         asyncio.run(load.run(calls, until_s))
         return load
 

@@ -130,7 +130,11 @@ def _distinct(table: pa.Table, key: str) -> pa.Table:
     if len(codes.dictionary) == len(codes):
         return table
     _, first = np.unique(raw(codes.indices).values, return_index=True)
-    return take(table, np.sort(first))
+    rows, columns, schema = _indices(np.sort(first)), table.columns, table.schema
+    del keys, codes, table
+    for place, column in enumerate(columns):  # one by one, so that never all are there twice
+        columns[place] = column.take(rows)
+    return pa.table(columns, schema=schema)
 
 
 class Raw(NamedTuple):
@@ -165,5 +169,9 @@ def _bits(buffer: pa.Buffer, start: int, stop: int) -> NDArray[np.bool_]:
 
 def take(table: pa.Table, rows: NDArray[np.int64]) -> pa.Table:
     """These rows of `table`. `pa.array` would import pandas for it, which takes longer than the reading."""
+    return table.take(_indices(rows))
+
+
+def _indices(rows: NDArray[np.int64]) -> pa.Array:
     numbers = np.ascontiguousarray(rows, dtype=np.int64)
-    return table.take(pa.Array.from_buffers(pa.int64(), len(numbers), [None, pa.py_buffer(numbers)]))
+    return pa.Array.from_buffers(pa.int64(), len(numbers), [None, pa.py_buffer(numbers)])

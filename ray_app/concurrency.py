@@ -35,6 +35,8 @@ USED = 0.9
 # A congested route keeps this share of what was open.
 DECREASE = 0.75
 GROWTH = 0.03
+# A limit that holds nothing back for so long comes down to what is open, to be judged there.
+UNUSED_S = 120.0
 # Without congestion for so long, the limit is searched for by what it yields again.
 CALM_S = 300.0
 # KV cache in use: from here no growth; from the second on, with calls waiting in the engine, congestion.
@@ -81,7 +83,7 @@ class Observation:
 class Bounds:
     """What the config says of a route's limit."""
 
-    start: int = 64
+    start: int = 128
     floor: int = 1
     most: int = 1024
 
@@ -98,6 +100,7 @@ class Controller:
     _changed_s: float | None = None
     _busy_s: float | None = None  # since when calls have been open
     _decreased_s: float = -math.inf
+    _used_s: float | None = None  # when the limit last held calls back
 
     def __post_init__(self) -> None:
         self.limit = self._best = self._within(self.bounds.start)
@@ -114,8 +117,18 @@ class Controller:
         if self._is_congested(seen):
             self._decrease(seen)
         elif self._is_used(seen):
+            self._used_s = seen.at_s
             {"start": self._double, "climb": self._climb, "avoid": self._add}[self.mode](seen)
+        elif self.mode != "avoid" and self._is_idle_above(seen):
+            self._set(seen.in_flight, seen, "no more are wanted")
+            self._begin_climb(self.limit, -1)
         return self.limit
+
+    def _is_idle_above(self, seen: Observation) -> bool:
+        """For long, fewer calls than the limit are open, yet many: they may be too many themselves."""
+        if self._used_s is None:
+            self._used_s = seen.at_s
+        return seen.in_flight > 0.5 * self.limit and seen.at_s - self._used_s > UNUSED_S
 
     def _learn(self, seen: Observation) -> None:
         self._goodput.observe(seen.at_s, seen.in_flight)
@@ -218,11 +231,11 @@ class Controller:
         waited_s = self._since_change(seen)
         if seen.in_flight < USED * self.limit or waited_s < (SHORTEST_ROUND_S if here else LONGEST_ROUND_S):
             return
-        if self.limit >= self.bounds.most or self._holds(seen):
+        if self._wanted(2 * self.limit, seen) == self.limit or self._holds(seen):
             self._begin_climb(self.limit, -1)
         elif here or self._may_go_blind(waited_s):
             self._pace = self._ended / waited_s
-            self._set(2 * self.limit, seen, "slow start")
+            self._set(self._wanted(2 * self.limit, seen), seen, "slow start")
 
     def _may_go_blind(self, waited_s: float) -> bool:
         """Nothing has lived at this limit yet. Where fewer calls end than did before, that is told enough."""
@@ -271,7 +284,8 @@ class Controller:
             self._refused.add(1)
         for way in (self._way, -self._way):
             factor = self._best * 2.0 ** (way * self._step)
-            target = self._within(max(factor, self._best + 1) if way > 0 else min(factor, self._best - 1))
+            more, fewer = max(factor, self._best + 1), min(factor, self._best - 1)
+            target = self._wanted(more, seen) if way > 0 else self._within(fewer)
             if way not in self._refused and target != self._best:
                 self._way = way
                 self._goodput.revisit(target)
@@ -297,6 +311,10 @@ class Controller:
         self._goodput.revisit(self._best, 0.0 if self._step >= WIDE_STEP else KEPT)
         self._rest = max(self._rest, FEWEST_CALLS + self._best / 2)
         self._set(self._best, seen, f"back: {gain:+.0%} work a second")
+
+    def _wanted(self, limit: float, seen: Observation) -> int:
+        """No more than there is demand for: a limit above it holds nothing back and could not be judged."""
+        return self._within(min(limit, max(self.limit, seen.in_flight + seen.waiting)))
 
     def _within(self, limit: float) -> int:
         return max(self.bounds.floor, 1, min(round(limit), self.bounds.most))

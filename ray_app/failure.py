@@ -20,14 +20,14 @@ ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 def root_cause(texts: Iterable[str]) -> str:
     """The last telling error of the first of `texts` that has one; else the end of the first."""
-    kept = [ANSI.sub("", text) for text in texts]
-    for text in kept:
-        if found := _last_error(text.splitlines()):
-            return found
-    return " ".join(kept[0].split())[-MAX_CHARS:] if kept else ""
+    kept = list(texts)
+    found = next((error for text in kept if (error := last_error(text))), "")
+    return found or (" ".join(kept[0].split())[-MAX_CHARS:] if kept else "")
 
 
-def _last_error(lines: list[str]) -> str:
+def last_error(text: str) -> str:
+    """The last error in a log or traceback that says what happened, in one line; "" where none does."""
+    lines = ANSI.sub("", text).splitlines()
     for number in range(len(lines) - 1, -1, -1):
         found = ERROR.search(lines[number])
         if found is None or any(words in found[0].lower() for words in HOLLOW):

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from ray_app.config import BaseRun, explain
 from ray_app.errors import ConfigError, InfrastructureError
-from ray_app.failure import root_cause
+from ray_app.failure import last_error, root_cause
 from ray_app.rundir import PACKAGE
 
 READY_TIMEOUT_S = 600
@@ -225,7 +225,7 @@ def _state(name: str) -> _State:
         logs = [text for key in bad for text in replica_logs(name, key)]
         return _State(reason=root_cause([*bad.values(), app.message, *logs]))
     late = {
-        key: root_cause([item.message])[:WAIT_CHARS]
+        key: last_error(item.message)[:WAIT_CHARS]
         for key, item in app.deployments.items()
         if item.status != DeploymentStatus.HEALTHY
     }
@@ -247,6 +247,9 @@ def _difference(service: Service) -> str:
     )
     try:
         handle = serve.get_app_handle(service.name)
+        if not handle.is_initialized:
+            # Ray's throughput mode has a handle share the caller's event loop, and here is none.
+            handle._init(_run_router_in_separate_loop=True)
         found = handle.info.remote().result(timeout_s=INFO_TIMEOUT_S).get("digest")
     except Exception as error:  # whatever it is, it cannot be asked, so it is not ours to use
         return f"does not say what it runs ({type(error).__name__}); deploying it again"

@@ -43,10 +43,24 @@ def test_idle_hours_and_the_tail_of_a_run_change_no_limit() -> None:
     assert sum(later) / (idle.ended_s[-1] - 4100) > 0.9 * best(curve)[1]
 
 
+@pytest.mark.parametrize("demand", [200, 512, 640])
+def test_a_run_of_fewer_tasks_than_the_limit_may_grow_to_is_not_left_in_the_crowd(demand: int) -> None:
+    curve = CURVES["early fall"]
+    found = simulate(curve, 64, 9000, demand=lambda at: demand)
+    assert max(limit for _, limit, _ in found.limits) <= demand
+    learning = 3000
+    span = found.ended_s[-1] - found.ended_s[learning - 1]
+    assert sum(found.works[learning:]) / span >= 0.9 * best(curve).rate
+    # And where the demand sinks below a limit that was too high for it.
+    sinks = simulate(curve, 512, 9000, demand=lambda at: 640 if at < 60 else 400)
+    span = sinks.ended_s[-1] - sinks.ended_s[learning - 1]
+    assert sum(sinks.works[learning:]) / span >= 0.9 * best(curve).rate
+
+
 def test_an_endpoint_that_bears_much_is_not_throttled_in_the_first_minute() -> None:
     controller = Controller(Bounds(start=128))
     # Calls of half a minute, none of which has ended when it matters.
-    limits = [feed(controller, float(second)) for second in range(60)]
+    limits = [feed(controller, float(second), waiting=512 - controller.limit) for second in range(60)]
     assert limits[30] == 512
 
 

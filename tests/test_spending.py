@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
+import ray
 
 from ray_app import engine, events, lease, planning, route_limits
 from ray_app.concurrency import Bounds
@@ -27,6 +30,13 @@ KEY = RouteKey("paid", "http://127.0.0.1:1/v1")
 TASKS = [Task(f"task/{n}", f"question {n}", str(n)) for n in range(24)]
 CALLS, CALL_S, CALL_USD, IN_FLIGHT, MOST_OPEN = 5, 0.25, 0.01, 8, 6
 PAID = "select task_id, call_seq from events where kind = 'model_call' and status = 'ok'"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    yield
+    ray.shutdown()
 
 
 @dataclass
@@ -92,7 +102,9 @@ async def drive(run_dir: Path, limit_usd: float) -> tuple[Tally, Governor]:
     return tally, governor
 
 
-async def test_a_run_stops_at_its_spending_limit_and_goes_on_with_a_higher_one(tmp_path: Path) -> None:
+async def test_a_run_stops_at_its_spending_limit_and_goes_on_with_a_higher_one(
+    cluster: None, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     whole = len(TASKS) * CALLS * CALL_USD
