@@ -31,7 +31,7 @@ def command(
         Form, typer.Option("--format", help="{id}.json of earlier systems or tau2, or flat tables.")
     ] = Form.json,
 ) -> None:
-    """Write {id}.json per result (json, tau2), or tables results and calls (csv, parquet; pandas: Feather)."""
+    """Write {id}.json per result (json, tau2) or tables: results and calls (csv, parquet; pandas: Feather)"""
     with one_line_errors():
         for line in export(local(run), to, form.value):
             typer.echo(f"{to}: {line}")
