@@ -179,11 +179,14 @@ def _work(domain: Domain, task: Task, log: EventWriter) -> Work:
     return Work(domain.name, calls, prepare_s, talk_s, reward_s, reward.value)
 
 
-def ideal_s(works: Iterable[Work], latency_s: float, slots: int, cores: int = CORES) -> float:
+def ideal_s(
+    works: Iterable[Work], latency_s: float, slots: int, cores: int = CORES, share: float = 1.0
+) -> float:
     """The makespan of greedy list scheduling, where models and engine cost nothing but the calls' latency.
 
     Each simulation, in order, starts on the slot that is free first. It computes (its environment), calls
     and computes in turns (the dialogue), computes (its reward); who wants to compute first has a core first.
+    `share`: of the cores' time, what is left by others.
     """
     waiting, numbers, end_s = iter(works), count(), 0.0
     free_at = [0.0] * cores
@@ -203,7 +206,7 @@ def ideal_s(works: Iterable[Work], latency_s: float, slots: int, cores: int = CO
             end_s = at_s
             start(at_s)
             continue
-        done_s = max(at_s, free_at[0]) + bursts[0]
+        done_s = max(at_s, free_at[0]) + bursts[0] / share
         heapq.heapreplace(free_at, done_s)
         heapq.heappush(queue, (done_s + (latency_s if bursts[1:] else 0.0), number, bursts[1:]))
     return end_s

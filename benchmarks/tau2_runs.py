@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.session import Snapshot, cpu_s, snapshot
+from benchmarks.session import Clocked, Snapshot, clocked, cpu_s, share_left, snapshot
 from benchmarks.tau2_load import Load, config_of
 from ray_app import engine, events, lease, planning
 from ray_app.options import Options
@@ -21,29 +19,38 @@ from ray_app.tau2.run import PROMPTS, SolverInWorker
 
 @dataclass(frozen=True)
 class Ran:
-    """A run that is over: seconds from its first call to its last commit, CPU of all its processes."""
+    """A run that is over: seconds from its first call to its last commit, CPU of all its processes.
+
+    `share` is what others left of the machine's cores, from its first task to its last commit.
+    """
 
     makespan_s: float
     solved: int
     calls: int
     cpu_s: float
+    share: float
 
 
 @dataclass
 class Meter:
     """Watches a run: what its processes burn from its first task to its last commit."""
 
-    without: Collection[int]
-    ended_at: float = 0.0
+    begin: Clocked | None = None
+    end: Clocked | None = None
     before: Snapshot = field(default_factory=dict)
     after: Snapshot = field(default_factory=dict)
 
     def started(self, item: planning.WorkItem) -> None:
-        self.before = self.before or snapshot(self.without)
+        if self.begin is None:
+            self.begin, self.before = clocked(), snapshot()
 
     def committed(self, result: TaskResult, tally: planning.Tally) -> None:
         if tally.pending == 0:
-            self.ended_at, self.after = time.time(), snapshot(self.without)
+            self.end, self.after = clocked(), snapshot()
+
+    def cpu_s(self, without: Collection[int] = ()) -> float:
+        after = {pid: process for pid, process in self.after.items() if pid not in without}
+        return float(cpu_s(self.before, after).total())
 
     def tick(self) -> None:
         pass
@@ -58,7 +65,7 @@ def run_ours(
     make_solver = SolverInWorker(config, prompts, upstream.data_folder(), {}, {})
     held = lease.take(run_dir)
     options = Options(run_dir, "bench", held.epoch, in_flight, workers, attempts=1)
-    log, meter = options.writer("driver"), Meter(without)
+    log, meter = options.writer("driver"), Meter()
     work = planning.plan(load.tasks(), load.trials, [])
 
     async def drive() -> planning.Tally:
@@ -78,5 +85,6 @@ def run_ours(
         for row in batch.to_pylist()
     ]
     solved = sum(events.results(run_dir)["is_correct"].to_pylist())
-    spent: Counter[str] = cpu_s(meter.before, meter.after)
-    return Ran(meter.ended_at - min(sent), solved, len(sent), float(spent.total()))
+    assert meter.begin is not None and meter.end is not None
+    share = share_left(meter.begin, meter.end, meter.cpu_s())
+    return Ran(meter.end.at - min(sent), solved, len(sent), meter.cpu_s(without), share)
