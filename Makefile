@@ -28,8 +28,9 @@ hle: setup
 tau2: setup
 	$(BIN)/python jobs/tau2.py
 
+# Two processes: what starts a Ray cluster waits a lot, and all else goes on meanwhile.
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 test-long: setup
 	$(BIN)/pytest -m long

@@ -153,12 +153,11 @@ class Router:
             route.slots.release(Sample(ending, time.monotonic() - started, prefill_s, tokens))
 
     async def _slot(self, call: _Call, route: Route) -> None:
-        try:
-            async with asyncio.timeout_at(call.deadline):
-                await route.slots.acquire()
-        except TimeoutError:
-            waiting = EndpointError(f"all {route.slots.limit:g} calls that {route.url} may have were open")
-            raise self._out_of_time(call, waiting) from None
+        """A slot of `route`. The wait is of our own making: part of `queue_s`, not of the call's time."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await route.slots.acquire()
+        call.deadline += loop.time() - began
 
     def _pause_s(self, call: _Call, fault: Fault) -> float:
         """Seconds until the next attempt. What one endpoint asks for does not hold for another."""

@@ -95,7 +95,9 @@ class ModelConfig(Section):
     price: Price | None = Field(None, description="none: unpriced, and said so; a model of your own costs 0")
     accepts_images: bool = False
     answer_format: Literal["tags", "boxed"] = "tags"
-    timeout_s: float = Field(600.0, gt=0, description="of a call with all its attempts")
+    timeout_s: float = Field(
+        600.0, gt=0, description="of a call with all its attempts, less its wait for a slot"
+    )
     first_token_s: float | None = Field(
         None, gt=0, description="an endpoint that sends nothing for this long is given up for another attempt"
     )

@@ -19,6 +19,14 @@ def _own_cluster() -> Iterator[None]:
     yield
 
 
+@pytest.hookimpl(tryfirst=True)  # before the distributor reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes share the tests, one of them gets all that start Ray: one cluster at a time."""
+    for item in items:
+        if item.get_closest_marker("cluster"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int | pytest.ExitCode) -> None:
     session.config.stash[STATUS] = int(exitstatus)
 
