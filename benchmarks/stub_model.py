@@ -188,17 +188,18 @@ def _in_json(value: Any) -> bytes:
     return _HEAD % b"application/json" + b"content-length: %d\r\n\r\n%s" % (len(body), body)
 
 
-async def serve(reply: Callable[[bytes], Answer]) -> None:
+async def serve(make: Callable[[], Connection]) -> None:
     """Answer on a free loopback port, printed as the first line, until cancelled."""
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(partial(Connection, reply), "127.0.0.1", 0, backlog=4096)
+    server = await loop.create_server(make, "127.0.0.1", 0, backlog=4096)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 
 
 def main() -> None:
     """Serve the behaviour on the command line (JSON); ends when killed."""
-    asyncio.run(serve(partial(seeded, Behaviour(**json.loads(sys.argv[1])))))
+    reply = partial(seeded, Behaviour(**json.loads(sys.argv[1])))
+    asyncio.run(serve(partial(Connection, reply)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.session import Clocked, Snapshot, clocked, cpu_s, share_left, snapshot
 from benchmarks.tau2_load import Load, config_of
@@ -16,10 +18,12 @@ from ray_app.records import TaskResult
 from ray_app.tau2 import upstream
 from ray_app.tau2.run import PROMPTS, SolverInWorker
 
+EVERY_S = 0.5
+
 
 @dataclass(frozen=True)
 class Ran:
-    """A run that is over: seconds from its first call to its last commit, CPU of all its processes.
+    """A run that is over: seconds from its first replies to its last commit, CPU of all its processes.
 
     `share` is what others left of the machine's cores, from its first task to its last commit.
     """
@@ -31,35 +35,42 @@ class Ran:
     share: float
 
 
+class Mark(NamedTuple):
+    """The machine and this session's processes at one moment."""
+
+    clock: Clocked
+    processes: Snapshot
+
+
 @dataclass
 class Meter:
     """Watches a run: what its processes burn from its first task to its last commit."""
 
-    begin: Clocked | None = None
-    end: Clocked | None = None
-    before: Snapshot = field(default_factory=dict)
-    after: Snapshot = field(default_factory=dict)
+    marks: list[Mark] = field(default_factory=list)
 
     def started(self, item: planning.WorkItem) -> None:
-        if self.begin is None:
-            self.begin, self.before = clocked(), snapshot()
+        pass
 
     def committed(self, result: TaskResult, tally: planning.Tally) -> None:
         if tally.pending == 0:
-            self.end, self.after = clocked(), snapshot()
-
-    def cpu_s(self, without: Collection[int] = ()) -> float:
-        after = {pid: process for pid, process in self.after.items() if pid not in without}
-        return float(cpu_s(self.before, after).total())
+            self.marks.append(Mark(clocked(), snapshot()))
 
     def tick(self) -> None:
-        pass
+        if not self.marks or time.time() - self.marks[-1].clock.at > EVERY_S:
+            self.marks.append(Mark(clocked(), snapshot()))
+
+    def since(self, moment: float) -> tuple[Mark, Mark]:
+        """The mark nearest to this moment (Unix seconds), and the last one."""
+        return min(self.marks, key=lambda mark: abs(mark.clock.at - moment)), self.marks[-1]
 
 
 def run_ours(
     load: Load, run_dir: Path, url: str, in_flight: int, workers: int, without: Collection[int] = ()
 ) -> Ran:
-    """Solve `load` by the engine. `without` names processes not metered."""
+    """Solve `load` by the engine; the model holds the first calls until all slots have sent theirs.
+
+    `without` names processes not metered.
+    """
     config = config_of(load.domains, url, in_flight, workers)
     prompts = load_prompts(None, PROMPTS)
     make_solver = SolverInWorker(config, prompts, upstream.data_folder(), {}, {})
@@ -84,7 +95,10 @@ def run_ours(
         for batch in events.read(run_dir, ["t_start"], where={"kind": {"model_call"}})
         for row in batch.to_pylist()
     ]
+    replied_at = sorted(sent)[min(in_flight, load.simulations) - 1]
     solved = sum(events.results(run_dir)["is_correct"].to_pylist())
-    assert meter.begin is not None and meter.end is not None
-    share = share_left(meter.begin, meter.end, meter.cpu_s())
-    return Ran(meter.end.at - min(sent), solved, len(sent), meter.cpu_s(without), share)
+    begin, end = meter.since(replied_at)
+    share = share_left(begin.clock, end.clock, float(cpu_s(begin.processes, end.processes).total()))
+    metered = {pid: process for pid, process in end.processes.items() if pid not in without}
+    own_s = float(cpu_s(begin.processes, metered).total())
+    return Ran(end.clock.at - replied_at, solved, len(sent), own_s, share)
