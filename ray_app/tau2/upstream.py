@@ -44,8 +44,8 @@ HOW_TO_INSTALL = (
     f"set {DATA_VARIABLE} to its data folder, or use --domain {service_desk.NAME}"
 )
 _judged: ContextVar[str | None] = ContextVar("judged", default=None)
-# By domain, solo mode and side: tau2 makes two pydantic models for each tool that it is asked for, a millisecond
-# each, and telecom has 43.
+# By domain, solo mode and side: tau2 makes two pydantic models for each tool that it is asked for, a
+# millisecond each, and telecom has 43.
 _SCHEMAS: dict[tuple[str, bool, Side], tuple[Schema, ...]] = {}
 
 
