@@ -11,9 +11,9 @@ import asyncio
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,53 +81,17 @@ def answer(scripts: Sequence[Script], latency_s: float, request: bytes) -> Answe
     return Answer(latency_s, streamed([delta], finish))
 
 
-@dataclass
-class Gate:
-    """Holds the first `holds` requests until all of them are there."""
-
-    holds: int
-    waiting: list[tuple[Gated, bytes]] = field(default_factory=list)
-
-    def admit(self, connection: Gated, request: bytes) -> None:
-        if self.holds <= 0 or request.startswith(b"GET"):
-            connection.answer_now(request)
-            return
-        self.waiting.append((connection, request))
-        if len(self.waiting) >= self.holds:
-            self.holds = 0
-            for each, held in self.waiting:
-                each.answer_now(held)
-
-
-class Gated(Connection):
-    """A connection whose requests pass a gate first."""
-
-    def __init__(self, reply: Callable[[bytes], Answer], gate: Gate) -> None:
-        super().__init__(reply)
-        self._gate = gate
-
-    def answer_now(self, request: bytes) -> None:
-        super()._answer(request)
-
-    def _answer(self, request: bytes) -> None:
-        self._gate.admit(self, request)
-
-
 def main() -> None:
-    """Serve the scripts of a file at a latency behind a gate, all of the command line; ends when killed."""
-    path, latency_s, holds = sys.argv[1:]
+    """Serve the scripts of a file at a latency, both of the command line; ends when killed."""
+    path, latency_s = sys.argv[1:]
     scripts = [Script(**each) for each in json.loads(Path(path).read_text())]
-    reply, gate = partial(answer, scripts, float(latency_s)), Gate(int(holds))
-    asyncio.run(serve(partial(Gated, reply, gate)))
+    reply = partial(answer, scripts, float(latency_s))
+    asyncio.run(serve(partial(Connection, reply)))
 
 
 @contextmanager
-def gold_serving(
-    scripts: Sequence[Script], latency_s: float, folder: Path, holds: int = 0
-) -> Iterator[Server]:
-    """The model in a process of its own; `url` lacks the path of a side. The first `holds` requests wait
-    for each other, so that every slot is busy when the first reply comes.
-    """
+def gold_serving(scripts: Sequence[Script], latency_s: float, folder: Path) -> Iterator[Server]:
+    """The model in a process of its own; `url` lacks the path of a side."""
     path = folder / "scripts.json"
     path.write_text(json.dumps([asdict(script) for script in scripts]))
     with served(

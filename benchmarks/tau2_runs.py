@@ -23,7 +23,7 @@ EVERY_S = 0.5
 
 @dataclass(frozen=True)
 class Ran:
-    """A run that is over: seconds from its first replies to its last commit, CPU of all its processes.
+    """A run that is over: seconds from its first call to its last commit, CPU of all its processes.
 
     `share` is what others left of the machine's cores, from its first task to its last commit.
     """
@@ -67,10 +67,7 @@ class Meter:
 def run_ours(
     load: Load, run_dir: Path, url: str, in_flight: int, workers: int, without: Collection[int] = ()
 ) -> Ran:
-    """Solve `load` by the engine; the model holds the first calls until all slots have sent theirs.
-
-    `without` names processes not metered.
-    """
+    """Solve `load` by the engine. `without` names processes not metered."""
     config = config_of(load.domains, url, in_flight, workers)
     prompts = load_prompts(None, PROMPTS)
     make_solver = SolverInWorker(config, prompts, upstream.data_folder(), {}, {})
@@ -95,10 +92,9 @@ def run_ours(
         for batch in events.read(run_dir, ["t_start"], where={"kind": {"model_call"}})
         for row in batch.to_pylist()
     ]
-    replied_at = sorted(sent)[min(in_flight, load.simulations) - 1]
     solved = sum(events.results(run_dir)["is_correct"].to_pylist())
-    begin, end = meter.since(replied_at)
+    begin, end = meter.since(min(sent))
     share = share_left(begin.clock, end.clock, float(cpu_s(begin.processes, end.processes).total()))
     metered = {pid: process for pid, process in end.processes.items() if pid not in without}
     own_s = float(cpu_s(begin.processes, metered).total())
-    return Ran(end.clock.at - replied_at, solved, len(sent), own_s, share)
+    return Ran(end.clock.at - min(sent), solved, len(sent), own_s, share)
