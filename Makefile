@@ -30,7 +30,7 @@ tau2: setup
 
 # Two processes: what starts a Ray cluster waits a lot, and all else goes on meanwhile.
 test: setup
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 2
 
 test-long: setup
 	$(BIN)/pytest -m long

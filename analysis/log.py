@@ -12,9 +12,10 @@ What a task scored does not depend on the segment: `results` are the counted res
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from analysis.selection import EVERYTHING, Selection
 from analysis.text import plain
 from ray_app import events, object_store
-from ray_app.columns import Raw, raw, take
+from ray_app.columns import Raw, raw, take, whole
 
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -57,21 +58,22 @@ EVERY = tuple(
         (*BASE, *FACTS, *WORK, *STAGES, *SPANS, *RESULTS, "call_seq", "retries", "web_calls", "context_cut")
     )
 )
+_FEW = 256  # words whose codes are bytes: a mask of a million rows then takes a third of the time
 CALLS = ("model_call", "tool_call", "retrieval", "code")
 
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """A column of words: for each row the position of its word in `names`."""
+    """A column of words: for each row the position of its word in `names`, in a byte where they are few."""
 
     names: tuple[str, ...]
-    codes: NDArray[np.int32]
+    codes: NDArray[np.uint8] | NDArray[np.int32]
 
     def is_in(self, *words: str) -> Mask:
         """The rows that have one of `words`, compared whole."""
         wanted = [place for place, name in enumerate(self.names) if name in words]
-        if len(wanted) == 1:
-            return np.asarray(self.codes == wanted[0])
+        if 0 < len(wanted) <= len(CALLS):  # quicker than to look each code up
+            return np.asarray(reduce(np.logical_or, (self.codes == place for place in wanted)))
         is_wanted = np.zeros(len(self.names) + 1, bool)
         is_wanted[wanted] = True
         return np.asarray(is_wanted[self.codes])
@@ -127,7 +129,8 @@ class RunLog:
         """A column of whole numbers; 0 where a row says nothing."""
         if column not in self._ints:
             values, unsaid = self._raw(column)
-            self._ints[column] = (values if unsaid is None else np.where(unsaid, 0, values)).astype(np.int64)
+            known = values if unsaid is None else np.where(unsaid, 0, values)
+            self._ints[column] = known.astype(np.int64, copy=False)
         return self._ints[column]
 
     def is_true(self, column: str) -> Mask:
@@ -136,24 +139,21 @@ class RunLog:
         found = values.astype(bool)
         return found if unsaid is None else np.asarray(found & ~unsaid)
 
-    def pick(self, column: str, rows: Rows) -> Floats:
-        """The numbers that these rows say in a column; quicker than `numbers`, which converts all rows."""
+    def at(self, column: str, rows: Rows) -> Floats:
+        """`numbers` of these rows; quicker, because `numbers` converts all of them."""
         values, unsaid = self._raw(column)
         found = values[rows].astype(np.float64, copy=False)
-        if unsaid is not None and (gone := unsaid[rows]).any():
-            found = found[~gone]
-        return said(found)
+        if unsaid is not None:
+            found[unsaid[rows]] = np.nan
+        return found
 
-    def pick_sum(self, columns: Sequence[str], rows: Rows) -> Floats:
-        """The sums of several columns, of those of these rows that say all of them."""
-        raws = [self._raw(column) for column in columns]
-        found = np.asarray(np.sum([values[rows] for values, _ in raws], axis=0, dtype=np.float64))
-        unsaid = [mask[rows] for _, mask in raws if mask is not None]
-        return said(found[~np.logical_or.reduce(unsaid)] if unsaid else found)
+    def pick(self, column: str, rows: Rows) -> Floats:
+        """The numbers that these rows say in a column."""
+        return said(self.at(column, rows))
 
     def _raw(self, column: str) -> Raw:
         if column not in self._raws:
-            self._raws[column] = raw(self._table[column].combine_chunks())
+            self._raws[column] = raw(whole(self._table[column]))
         return self._raws[column]
 
     def kind(self, *kinds: str) -> Mask:
@@ -173,7 +173,10 @@ class RunLog:
     @cached_property
     def epochs(self) -> Ints:
         """The segments of the run, oldest first."""
-        epochs = self.ints("epoch")[self.live]
+        live = self.live
+        epochs = self.ints("epoch") if live.all() else self.ints("epoch")[live]
+        if len(epochs) and epochs.min() == epochs.max():
+            return epochs[:1]
         # Epochs are few and small: to count them is quicker than to sort a million rows.
         is_small = len(epochs) and epochs.min() >= 0 and epochs.max() < len(epochs) + 1000
         return np.flatnonzero(np.bincount(epochs)) if is_small else np.unique(epochs)
@@ -182,13 +185,13 @@ class RunLog:
     def tasks(self) -> Mask:
         """Live rows of the tasks and the segment that are asked for."""
         selection, mask = self.selection, self.live
-        if not selection.all_runs and len(self.epochs):
+        if not selection.all_runs and len(self.epochs) > 1:
             mask = mask & (self.ints("epoch") == self.epochs[-1])
         if selection.trials:
             mask = mask & np.isin(self.ints("trial"), selection.trials)
         if selection.categories:
             mask = mask & self.words("category").is_in(*selection.categories)
-        return mask & self.is_of_benchmark
+        return mask if self.is_of_benchmark else np.zeros(len(mask), bool)
 
     @cached_property
     def calls(self) -> Mask:
@@ -283,7 +286,7 @@ def open_run(run_dir: Path, selection: Selection = EVERYTHING, columns: Iterable
 
 def _words(column: pa.ChunkedArray | pa.Array) -> Words:
     if isinstance(column, pa.ChunkedArray):
-        column = column.unify_dictionaries().combine_chunks()
+        column = whole(column.unify_dictionaries())
     if isinstance(column, pa.ChunkedArray):  # of no chunk
         return Words((), np.empty(0, np.int32))
     if not pa.types.is_dictionary(column.type):
@@ -294,6 +297,8 @@ def _words(column: pa.ChunkedArray | pa.Array) -> Words:
         if "" not in names:
             names.append("")
         codes = np.where(unsaid, names.index(""), codes)
+    if len(names) <= _FEW:
+        return Words(tuple(names), codes.astype(np.uint8))
     return Words(tuple(names), codes.astype(np.int32, copy=False))
 
 
@@ -308,14 +313,15 @@ def said(values: Floats) -> Floats:
     return values[~unsaid] if unsaid.any() else values
 
 
-def split(log: RunLog, words: Words, column: str, rows: Rows) -> dict[str, Floats]:
-    """The numbers that these rows say in a column, by word; the most frequent word first."""
-    places = rows if rows.dtype != np.bool_ else np.flatnonzero(rows)
-    codes = words.codes[places]
-    found = [(name, log.pick(column, places[codes == code])) for code, name in enumerate(words.names)]
-    return dict(
-        sorted(((name, own) for name, own in found if len(own)), key=lambda item: (-len(item[1]), item[0]))
-    )
+def split(words: Words, rows: Ints, values: Floats) -> dict[str, Floats]:
+    """The `values` of these rows that are said, by the word of the row; the most frequent word first."""
+    codes = words.codes[rows]
+    order = np.argsort(codes, kind="stable")
+    edges = np.searchsorted(codes[order], np.arange(len(words.names) + 1)).tolist()
+    ordered = values[order]
+    parts = (said(ordered[start:end]) for start, end in pairwise(edges))
+    found = [(name, own) for name, own in zip(words.names, parts, strict=True) if len(own)]
+    return dict(sorted(found, key=lambda item: (-len(item[1]), item[0])))
 
 
 def counts(words: Words, mask: Mask) -> dict[str, int]:

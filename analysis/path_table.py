@@ -27,11 +27,20 @@ def page(found: CriticalPath) -> RenderableType:
 
 
 def _facts(segment: SegmentPath) -> Table:
+    title = Text(f"Segment {segment.epoch}", style="bold")
+    table = Table(box=None, show_header=False, title=title, title_justify="left")
+    for name, value in fact_rows(segment):
+        table.add_row(Text(name, style="" if name.startswith(" ") else "bold"), Text(value))
+    return table
+
+
+def fact_rows(segment: SegmentPath) -> list[tuple[str, str]]:
+    """A segment in names and values; a name that begins with a space is a part of the one before."""
     phases, wall = segment.phases, segment.wall_s or 1.0
     last = segment.chain[-1]
     done = ", ".join(f"{name} {duration(seconds)}" for name, seconds in segment.done_at_s.items())
     slot_s = segment.slots * (phases.filling + phases.tail) or 1.0
-    rows = [
+    return [
         ("wall clock", duration(segment.wall_s)),
         ("  before the first task", _of(phases.before, wall)),
         ("  while tasks were left", _of(phases.filling, wall)),
@@ -50,11 +59,6 @@ def _facts(segment: SegmentPath) -> Table:
         ),
         ("chain to the end", f"{len(segment.chain)} tasks, {duration(segment.chain_gaps_s)} between them"),
     ]
-    title = Text(f"Segment {segment.epoch}", style="bold")
-    table = Table(box=None, show_header=False, title=title, title_justify="left")
-    for name, value in rows:
-        table.add_row(Text(name, style="" if name.startswith(" ") else "bold"), Text(value))
-    return table
 
 
 def _of(seconds: float, whole: float) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 
@@ -20,8 +20,12 @@ from ray_app import events, extract, journal
 from ray_app.errors import UserError
 
 SHOWN_CANDIDATES = 5
+NO_TEXT = "(its text is not in the log)"
+# How the rows of a task lie one after the other.
+ORDER = ("trial", "epoch", "attempt", "t_start")
 # What a tool reads from the reply of its expert.
 READ = {"search": "query", "enhance_reasoning": "program", "answer": "answer"}
+_LITTLE_CHARS = 40  # what a reply has beside the part that was read from it: tags, a fence
 _TIMES = ("queue_s", "prefill_s", "decode_s")
 _COUNTS = ("prompt_tokens", "cached_tokens", "completion_tokens", "cost_usd", "local_hits", "web_hits")
 _ENDS = ("exit_status", "outcome", "is_correct", "verdict_method", "confidence", "search_backend", "detail")
@@ -39,6 +43,19 @@ class Piece:
 
     name: str
     text: str
+
+
+class FoundText(NamedTuple):
+    """A document that a retrieval found; its text is the payload `text_hash`."""
+
+    source: str
+    document_id: int
+    score: float
+    text_hash: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.source}, document {self.document_id}, {self.score:.3f}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +126,7 @@ def story_of(run_dir: Path, asked: str, trial: int | None = None) -> Story:
         if not rows:
             raise UserError(f"task {plain(asked)!r} has no trial {trial}; expected one of {tried}")
     bodies = _bodies(run_dir, rows)
-    rows.sort(key=lambda row: (row["trial"], row["epoch"], row["attempt"], row["t_start"]))
+    rows.sort(key=lambda row: tuple(row[name] for name in ORDER))
     first = rows[0]
     attempts = groupby(rows, key=lambda row: (row["trial"], row["epoch"], row["attempt"]))
     return Story(
@@ -187,16 +204,47 @@ def _step(row: Mapping[str, Any], start: float, bodies: Mapping[str, str]) -> St
 
 
 def _pieces(row: Mapping[str, Any], bodies: Mapping[str, str]) -> list[Piece]:
-    """What the payload of a row says, by the kind of the row; the payload as it is where it is unknown."""
     body = bodies.get(row["payload_hash"] or "")
     if body is None:
         return []
+    if row["kind"] != "retrieval":
+        return pieces_of(row["kind"], row["role"], row["tool"], body)
+    hits = hits_of(body)
+    if hits is None:
+        return [Piece("payload", body)]
+    return [
+        Piece(f"hit {place} ({hit.label})", bodies.get(hit.text_hash, NO_TEXT))
+        for place, hit in enumerate(hits, 1)
+    ]
+
+
+def pieces_of(kind: str, role: str, tool: str, body: str) -> list[Piece]:
+    """What a payload says, by the row that it belongs to; the payload as it is where it cannot be read."""
     try:
-        value = json.loads(body)
-        readers = {"model_call": _of_reply, "retrieval": _of_hits, "code": _of_run, "result": _of_result}
-        return readers[row["kind"]](value, row, bodies)
+        if kind == "model_call":
+            return _of_reply(json.loads(body), role, tool)
+        return {"code": _of_run, "result": _of_result}[kind](json.loads(body))
     except (ValueError, KeyError, TypeError, AttributeError):
         return [Piece("payload", body)]
+
+
+def told_once(pieces: Sequence[Piece]) -> list[Piece]:
+    """Without a reply that is hardly more than the part that was read from it."""
+    read = max((len(piece.text) for piece in pieces if piece.name in READ.values()), default=-_LITTLE_CHARS)
+    return [piece for piece in pieces if piece.name != "reply" or len(piece.text) - read > _LITTLE_CHARS]
+
+
+def hits_of(body: str) -> list[FoundText] | None:
+    """The documents that the payload of a retrieval names; None where it cannot be read."""
+    try:
+        value = json.loads(body)
+        hits = value["hits"] if isinstance(value, dict) else value
+        return [
+            FoundText(str(hit["source"]), hit["document_id"], float(hit["score"]), str(hit["text"]))
+            for hit in hits
+        ]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _nothing(text: str) -> str:
@@ -210,32 +258,21 @@ _READERS: dict[str, Callable[[str], str | None]] = {
 }
 
 
-def _of_reply(value: Any, row: Mapping[str, Any], bodies: Mapping[str, str]) -> list[Piece]:
+def _of_reply(value: Any, role: str, tool: str) -> list[Piece]:
     content = str(value["content"])
     pieces = [Piece("reply", content)] if content.strip() else []
     pieces += [Piece("chose", f"{call['name']} {call['arguments']}") for call in value.get("tool_calls", ())]
-    if row["role"] == "expert" and (text := _READERS.get(row["tool"], _nothing)(content)):
-        pieces.append(Piece(READ[row["tool"]], text))
+    if role == "expert" and (text := _READERS.get(tool, _nothing)(content)):
+        pieces.append(Piece(READ[tool], text))
     return pieces
 
 
-def _of_hits(value: Any, row: Mapping[str, Any], bodies: Mapping[str, str]) -> list[Piece]:
-    hits = value["hits"] if isinstance(value, dict) else value
-    return [
-        Piece(
-            f"hit {place} ({hit['source']}, document {hit['document_id']}, {hit['score']:.3f})",
-            bodies.get(hit["text"], "(its text is not in the log)"),
-        )
-        for place, hit in enumerate(hits, 1)
-    ]
-
-
-def _of_run(value: Any, row: Mapping[str, Any], bodies: Mapping[str, str]) -> list[Piece]:
+def _of_run(value: Any) -> list[Piece]:
     ending = [Piece("stopped", "at its time limit")] if value["is_timed_out"] else []
     return ending + [Piece(name, value[name]) for name in ("stdout", "stderr") if value[name].strip()]
 
 
-def _of_result(value: Any, row: Mapping[str, Any], bodies: Mapping[str, str]) -> list[Piece]:
+def _of_result(value: Any) -> list[Piece]:
     verdict = value.get("verdict") or {}
     words = [("prediction", value.get("prediction", ""))]
     words += [(name, verdict.get(name, "")) for name in ("extracted", "reasoning")]

@@ -8,14 +8,13 @@ from typing import Any
 
 from rich.text import Text
 
-from analysis.story import READ, Attempt, Piece, Step, Story, Turn
+from analysis.story import Attempt, Piece, Step, Story, Turn, told_once
 from analysis.text import number, plain, usd
 
 CUT_LINES, CUT_CHARS = 6, 600
 SHOWN_HITS = 5
 _MARGIN = " " * 13
 _FACTS = ("exit_status", "verdict_method", "confidence")
-_LITTLE_CHARS = 40  # what a reply has beside the part that was read from it: tags, a fence
 
 
 def story_lines(story: Story, *, whole: bool = False) -> Iterator[Text]:
@@ -122,7 +121,7 @@ def _step_texts(step: Step, whole: bool) -> Iterator[Text]:
         yield Text(f"{_MARGIN}{kind}{plain(step.error, 2000 if whole else 300)}", style="red")
     if step.kind == "retrieval" and step.facts.get("detail"):
         yield Text(f"{_MARGIN}web: {plain(step.facts['detail'], 300)}", style="red")
-    shown = list(step.pieces) if whole else _told_once(step.pieces)
+    shown = list(step.pieces) if whole else told_once(step.pieces)
     hits = [piece for piece in shown if piece.name.startswith("hit ")]
     left_out = [] if whole else hits[SHOWN_HITS:]
     for piece in shown:
@@ -130,12 +129,6 @@ def _step_texts(step: Step, whole: bool) -> Iterator[Text]:
             yield Text(_piece(piece, whole))
     if left_out:
         yield Text(f"{_MARGIN}and {len(left_out)} more hits")
-
-
-def _told_once(pieces: tuple[Piece, ...]) -> list[Piece]:
-    """Without a reply that is hardly more than the part that was read from it."""
-    read = max((len(piece.text) for piece in pieces if piece.name in READ.values()), default=-_LITTLE_CHARS)
-    return [piece for piece in pieces if piece.name != "reply" or len(piece.text) - read > _LITTLE_CHARS]
 
 
 def _piece(piece: Piece, whole: bool) -> str:

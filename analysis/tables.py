@@ -117,10 +117,19 @@ def _histogram(title: str, found: Histogram) -> Table:
 
 
 def _overview(run: RunSummary) -> Table:
+    title = Text(plain(run.run_dir, 120), style="bold")
+    table = Table(box=None, show_header=False, title=title, title_justify="left")
+    for name, value in overview_rows(run):
+        table.add_row(Text(plain(name.replace("_", " ")), style="bold"), Text(value))
+    return table
+
+
+def overview_rows(run: RunSummary) -> list[tuple[str, str]]:
+    """The run in names and values: where its tasks are, how right, how sure, how long, how dear."""
     account, totals = run.accounting, run.totals
     facts = [(name, plain(value, 100)) for name, value in run.facts.items() if value and name != "planned"]
     parts = [f"{getattr(account, name)} {name}" for name in ("ok", "failed", "limited", "owed", "pending")]
-    rows = [
+    return [
         ("state", run.state + (f", {totals.epochs} segments" if totals.epochs > 1 else "")),
         *facts,
         *([("only", plain(run.filters, 120))] if run.filters else []),
@@ -141,11 +150,6 @@ def _overview(run: RunSummary) -> Table:
         ("model calls", f"{number(totals.model_calls)} ({totals.repeated_calls} repeated)"),
         ("retries", number(totals.retries)),
     ]
-    title = Text(plain(run.run_dir, 120), style="bold")
-    table = Table(box=None, show_header=False, title=title, title_justify="left")
-    for name, value in rows:
-        table.add_row(Text(plain(name.replace("_", " ")), style="bold"), Text(value))
-    return table
 
 
 def _judged(run: RunSummary) -> str:

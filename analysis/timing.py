@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from analysis.log import STAGES, Floats, Mask, RunLog, counts, split, sums
+from analysis.log import STAGES, Floats, Ints, Mask, RunLog, counts, said, split, sums
 from analysis.numbers import Histogram, Summary, describe, linear_histogram, log_histogram, ordered
 
 Group = Literal["tool", "model", "stage", "orchestrator", "tokens"]
@@ -117,22 +117,29 @@ def quantities(log: RunLog) -> Iterator[Series]:
     """What `series` gives, as it lies in the log: unsorted."""
     tools, models = log.words("tool"), log.words("model")
     is_tool, is_model = log.kind("tool_call"), log.kind("model_call")
-    by_tool = split(log, tools, "duration_s", log.timed & is_tool)
-    failed = counts(tools, log.calls & is_tool & log.is_error)
+    failures = log.calls & log.is_error
+    rows = np.flatnonzero(log.timed & is_tool)
+    by_tool = split(tools, rows, log.at("duration_s", rows))
+    failed = counts(tools, failures & is_tool)
     yield from _if_any("tool", ALL, np.concatenate([*by_tool.values(), np.empty(0)]), sum(failed.values()))
     for name in sorted({*by_tool, *failed}, key=place):
         yield from _if_any("tool", name, by_tool.get(name, np.empty(0)), failed.get(name, 0))
-    rows = np.flatnonzero(log.timed & is_model)
-    by_model = split(log, models, "duration_s", rows)
-    failed = counts(models, log.calls & is_model & log.is_error)
+    masks = stage_masks(log)
+    # The orchestrator's calls first, so that its times are the head of all.
+    own = np.flatnonzero(log.timed & masks["orchestrator"])
+    rows = np.concatenate([own, np.flatnonzero(log.timed & is_model & ~masks["orchestrator"])])
+    duration = log.at("duration_s", rows)
+    by_model = split(models, rows, duration)
+    failed = counts(models, failures & is_model)
     for name in dict.fromkeys([*by_model, *failed]):
         yield from _if_any("model", name or "(unknown)", by_model.get(name, np.empty(0)), failed.get(name, 0))
-    for name in ("queue", "prefill", "decode"):
-        yield from _if_any("stage", name, log.pick(f"{name}_s", rows))
-    for name, mask in stage_masks(log).items():
-        failures = int((log.calls & mask & log.is_error).sum())
-        yield from _if_any("stage", name, log.pick("duration_s", np.flatnonzero(log.timed & mask)), failures)
-    yield from _orchestrator(log)
+    spent = {name: log.at(f"{name}_s", rows) for name in PARTS[:3]}
+    for name, values in spent.items():
+        yield from _if_any("stage", name, said(values))
+    for name, mask in masks.items():
+        found = duration[: len(own)] if name == "orchestrator" else log.at("duration_s", log.timed & mask)
+        yield from _if_any("stage", name, said(found), int((failures & mask).sum()))
+    yield from _orchestrator(log, own, {name: values[: len(own)] for name, values in spent.items()})
 
 
 def stage_masks(log: RunLog) -> dict[str, Mask]:
@@ -149,16 +156,19 @@ def stage_masks(log: RunLog) -> dict[str, Mask]:
     }
 
 
-def _orchestrator(log: RunLog) -> Iterator[Series]:
-    rows = np.flatnonzero(log.timed & log.role("orchestrator"))
-    for name in ("queue", "prefill", "decode"):
-        yield from _if_any("orchestrator", name, log.pick(f"{name}_s", rows))
+def _orchestrator(log: RunLog, rows: Ints, spent: dict[str, Floats]) -> Iterator[Series]:
+    """Of its calls in `rows`, with their seconds by part; NaN where a call does not say one."""
+    for name, values in spent.items():
+        yield from _if_any("orchestrator", name, said(values))
     # Prefill plus decode is the model's own time, without the wait for a place at the endpoint.
-    yield from _if_any("orchestrator", "inference", log.pick_sum(("prefill_s", "decode_s"), rows))
-    for name in ("prompt", "completion"):
-        yield from _if_any("tokens", name, log.pick(f"{name}_tokens", rows))
-    both = log.pick_sum(("prompt_tokens", "completion_tokens"), rows)
-    yield from _if_any("tokens", "prompt + completion", both)
+    yield from _if_any("orchestrator", "inference", said(spent["prefill"] + spent["decode"]))
+    prompt, completion = (log.at(f"{name}_tokens", rows) for name in ("prompt", "completion"))
+    for name, values in {
+        "prompt": prompt,
+        "completion": completion,
+        "prompt + completion": prompt + completion,
+    }.items():
+        yield from _if_any("tokens", name, said(values))
 
 
 def _if_any(group: Group, name: str, values: Floats, errors: int = 0) -> Iterator[Series]:

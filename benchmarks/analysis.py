@@ -5,12 +5,14 @@ that goes on (files, streams and doubles of eight workers), and as the text log 
 left of it. Each command runs in a process of its own, imports and all, with standard output going nowhere:
 wall time and peak memory, and once more with pictures. Then, with imports warm in one process, the query
 (everything `timing` shows, out of the log) beside regular expressions over the text log (`text_log.py`), in
-turns; both must find the same. `--quick` is smaller and judges nothing.
+turns; both must find the same. Last, the page of a run with texts: built cold, and opened in Chromium.
+`--quick` is smaller and judges nothing.
 """
 
 from __future__ import annotations
 
 import json as jsonlib
+import re
 import statistics
 import subprocess
 import sys
@@ -26,6 +28,8 @@ import typer
 
 from benchmarks import text_log
 from benchmarks.analysis_run import make_run, write_finished, write_live, write_text_log
+from benchmarks.analysis_texts import write_texts
+from benchmarks.chromium import chromium, time_page
 from benchmarks.figures import Figure, report
 
 # What is asked of each command; RUN stands for the run.
@@ -42,6 +46,7 @@ COMMANDS = {
 }
 WITHOUT_PICTURES = ("show", "sql", "watch")
 FIGURES_S, PICTURES_S, RSS_BYTES, FASTER = 3.0, 6.0, 1 << 30, 10.0
+PAGE_MB, PAGE_S = 20.0, 2.0
 # By which names the text log and the event log know the same quantity.
 SAME = {
     ("tool", "search"): ("tool", "search"),
@@ -65,6 +70,8 @@ class Sizes:
     events: int
     tasks: int
     rounds: int
+    page_events: int
+    page_tasks: int
 
 
 class Cost(NamedTuple):
@@ -89,7 +96,7 @@ print(json.dumps([os.waitstatus_to_exitcode(status), cost]))
 
 def run_command(command: str, run_dir: Path, *options: str) -> Cost:
     """A cold process of one command. Raises RuntimeError where it fails."""
-    words = [str(run_dir) if word == "RUN" else word for word in COMMANDS[command]]
+    words = [str(run_dir) if word == "RUN" else word for word in COMMANDS.get(command, ("RUN",))]
     arguments = [sys.executable, "-m", "analysis", command, *words, *options]
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", _LAUNCH, *arguments], stdout=subprocess.PIPE, check=True
@@ -117,6 +124,34 @@ def commands(folder: Path, rounds: int) -> Iterator[Figure]:
             yield Figure("  pictures, beyond that", _median(drawn) - figures_s, "<=", PICTURES_S, "s")
         peak = max(cost.rss for cost in (*plain, *drawn, *live))
         yield Figure("  peak memory", peak / 2**20, "<=", RSS_BYTES / 2**20, "MiB")
+
+
+def report_page(folder: Path, sizes: Sizes) -> Iterator[Figure]:
+    """The page of a run with texts: built cold, and opened in Chromium where there is one."""
+    run = make_run(sizes.page_events, sizes.page_tasks)
+    write_finished(run, folder / "told")
+    characters = write_texts(run, folder / "told")
+    page = folder / "page.html"
+    cost = run_command("report", folder / "told", "--no-redact", "--out", str(page))
+    held = re.search(rb'"text_bytes":(\d+),"document_bytes":(\d+)', page.read_bytes())
+    if held is None:
+        raise RuntimeError(f"{page} does not say how much it holds of each text")
+    yield Figure("report: events of a run with texts", len(run.table))
+    yield Figure("  tasks", run.tasks)
+    yield Figure("  characters of its texts", characters / 1e6, unit="million")
+    yield Figure("  build, cold process", cost.wall_s, unit="s")
+    yield Figure("  peak memory", cost.rss / 2**20, "<=", RSS_BYTES / 2**20, "MiB")
+    yield Figure("  size of the page", page.stat().st_size / 1e6, "<", PAGE_MB, "MB")
+    yield Figure("  of each text at most", int(held[1]), unit="bytes")
+    yield Figure("  of each document at most", int(held[2]), unit="bytes")
+    if chromium() is None:
+        print("no Chromium here: how soon the page answers is not measured", file=sys.stderr)
+        return
+    openings = time_page(page, sizes.rounds)
+    interactive_s = statistics.median(opening.interactive_s for opening in openings)
+    task_s = statistics.median(opening.task_s for opening in openings)
+    yield Figure("  interactive in Chromium", interactive_s, "<=", PAGE_S, "s")
+    yield Figure("  its last task opened by keys", task_s, "<=", PAGE_S, "s")
 
 
 def _median(costs: list[Cost]) -> float:
@@ -183,6 +218,7 @@ def measure(sizes: Sizes, folder: Path) -> Iterator[Figure]:
     del run
     yield from commands(folder, sizes.rounds)
     yield from query(folder, sizes.rounds)
+    yield from report_page(folder, sizes)
 
 
 def main(
@@ -204,8 +240,8 @@ def main(
     raise typer.Exit(report(figures, json))
 
 
-FULL = Sizes(events=1_000_000, tasks=5000, rounds=5)
-QUICK = Sizes(events=20_000, tasks=200, rounds=1)
+FULL = Sizes(events=1_000_000, tasks=5000, rounds=5, page_events=160_000, page_tasks=2500)
+QUICK = Sizes(events=20_000, tasks=200, rounds=1, page_events=10_000, page_tasks=200)
 
 if __name__ == "__main__":
     typer.run(main)

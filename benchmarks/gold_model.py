@@ -94,7 +94,5 @@ def gold_serving(scripts: Sequence[Script], latency_s: float, folder: Path) -> I
     """The model in a process of its own; `url` lacks the path of a side."""
     path = folder / "scripts.json"
     path.write_text(json.dumps([asdict(script) for script in scripts]))
-    with served(
-        "from benchmarks.gold_model import main; main()", str(path), str(latency_s), str(holds)
-    ) as server:
+    with served("from benchmarks.gold_model import main; main()", str(path), str(latency_s)) as server:
         yield Server(server.url.removesuffix("/v1"), server.pid)

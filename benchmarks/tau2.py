@@ -2,9 +2,9 @@
 
 Each simulation is the gold replay of its task by a model that answers over HTTP after 0.5 s, 48 in flight;
 everything else is real: workers, environments, rewards, journal, event log. The clock runs from the first
-call sent, when the workers are up, to the last result committed. The ideal is list scheduling of calls and own CPU
-(`tau2_load.py`), on what other processes left of the machine's cores meanwhile; what it is of an idle machine
-stands beside it.
+call sent, when the workers are up, to the last result committed. The ideal is list scheduling of calls and
+own CPU (`tau2_load.py`), on what other processes left of the machine's cores meanwhile; what it is of an idle
+machine stands beside it.
 Where tau2-bench is installed: retail, telecom and airline (278 tasks), and beside it tau2-bench's own
 runner, a domain at a time, as shipped and with its connection cap lifted, each against the ideal of its
 domains one after the other. Where it is not: the built-in service desk, repeated to as many simulations.

@@ -124,7 +124,7 @@ def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
 
 def _distinct(table: pa.Table, key: str) -> pa.Table:
     """The first row of each key."""
-    keys = table[key].combine_chunks()
+    keys = whole(table[key])
     codes = keys.dictionary_encode()
     codes = codes.combine_chunks() if isinstance(codes, pa.ChunkedArray) else codes
     if len(codes.dictionary) == len(codes):
@@ -135,6 +135,11 @@ def _distinct(table: pa.Table, key: str) -> pa.Table:
     for place, column in enumerate(columns):  # one by one, so that never all are there twice
         columns[place] = column.take(rows)
     return pa.table(columns, schema=schema)
+
+
+def whole(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array; `combine_chunks` would copy the only chunk, too."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 class Raw(NamedTuple):

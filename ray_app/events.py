@@ -98,6 +98,11 @@ def read_payloads(run_dir: Path, hashes: Collection[str]) -> dict[str, str]:
     return found
 
 
+def payloads(run_dir: Path) -> pa.RecordBatchReader:
+    """All payloads, `hash` and `body`, in batches: each hash once, in no order."""
+    return _reader(payload_files(run_dir), ["hash", "body"])
+
+
 def results(run_dir: Path) -> pa.Table:
     """The result that counts for each (rollout_key, trial): EVENT_SCHEMA columns, one row each.
 
@@ -119,10 +124,10 @@ def connect(run_dir: Path) -> duckdb.DuckDBPyConnection:
 
     _check_folder(event_files(run_dir).folder)
     connection = duckdb.connect(":memory:")
-    payloads = payload_files(run_dir), PAYLOAD_SCHEMA.names
+    texts = payload_files(run_dir), PAYLOAD_SCHEMA.names
     connection.register("events", _View(EVENT_SCHEMA, lambda: read(run_dir)))
     connection.register("results", _View(EVENT_SCHEMA, lambda: results(run_dir).to_batches()))
-    connection.register("payloads", _View(PAYLOAD_SCHEMA, lambda: _reader(*payloads)))
+    connection.register("payloads", _View(PAYLOAD_SCHEMA, lambda: _reader(*texts)))
     return connection
 
 

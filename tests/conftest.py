@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 STATUS = pytest.StashKey[int]()
+STARTS_RAY = re.compile(r"pytest\.mark\.cluster|ray_marks import RAY")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,12 +23,23 @@ def _own_cluster() -> Iterator[None]:
     yield
 
 
-@pytest.hookimpl(tryfirst=True)  # before the distributor reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes share the tests, one of them gets all that start Ray: one cluster at a time."""
-    for item in items:
-        if item.get_closest_marker("cluster"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of the processes that share the tests, one gets all files that start Ray: one cluster at a time."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    with_ray = {
+        path.relative_to(config.rootpath).as_posix()
+        for path in Path(__file__).parent.rglob("test_*.py")
+        if STARTS_RAY.search(path.read_text())
+    }
+
+    class OneCluster(LoadScopeScheduling):  # type: ignore[misc]  # untyped
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if file in with_ray else file
+
+    return OneCluster(config, log)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int | pytest.ExitCode) -> None:

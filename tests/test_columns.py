@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from ray_app import events
+from ray_app import events, parquet_file
 from ray_app.columns import raw
 from ray_app.compaction import compact
 from ray_app.errors import RunDirError, StorageError
@@ -67,6 +68,24 @@ def test_words_are_codes_and_ids_are_plain(tmp_path: Path) -> None:
     table = events.columns(tmp_path, ["event_id", "tool", "payload_hash"], plain=["payload_hash"])
     kinds = [pa.types.is_dictionary(field.type) for field in table.schema]
     assert kinds == [False, True, False]
+
+
+def test_values_that_hardly_repeat_are_written_as_they_are_and_words_as_codes(tmp_path: Path) -> None:
+    known = {*NAMES, *events.PAYLOAD_SCHEMA.names}
+    assert known >= parquet_file._UNLIKE | parquet_file._PACKED
+    writer = make_writer(tmp_path, "a")
+    for number in range(3000):
+        writer.append(turn(number, tool="search", duration_s=1 / (number + 1)))
+    writer.close()
+    (path,) = (tmp_path / "log").glob("*.parquet")
+    (group,) = pq.read_metadata(path).to_dict()["row_groups"]
+    chunks = {chunk["path_in_schema"]: chunk for chunk in group["columns"]}
+    coded = {name for name, chunk in chunks.items() if "RLE_DICTIONARY" in chunk["encodings"]}
+    assert {"tool", "model", "task_id"} <= coded
+    assert not coded & parquet_file._UNLIKE
+    assert chunks["duration_s"]["total_compressed_size"] < 8.1 * 3000
+    assert chunks["event_id"]["total_compressed_size"] < 3 * 3000  # zstd sees what ids share
+    assert_same(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ COMMANDS = {
     "status": "analysis.commands.status",
     "compare": "analysis.commands.compare",
     "sql": "analysis.commands.sql",
+    "report": "analysis.commands.report",
     "plots": "analysis.commands.plots",
     "export": "analysis.commands.export",
     "import-seed": "analysis.commands.import_seed",

@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": ("compare", "RUN", "RUN", "--out", "OUT"),
     "sql": ("sql", "select * from events join results using (task_id)", "RUN"),
     "export": ("export", "RUN", "--to", "OUT"),
+    "report": ("report", "RUN", "--out", "PAGE"),
     "export tables": ("export", "RUN", "--to", "OUT", "--format", "csv"),
 }
 
@@ -48,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_run_with_hardly_anything_is_told_in_words(
     runs: dict[str, Path], name: str, command: str, tmp_path: Path
 ) -> None:
-    places = {"RUN": str(runs[name]), "OUT": str(tmp_path)}
+    places = {"RUN": str(runs[name]), "OUT": str(tmp_path), "PAGE": str(tmp_path / "page.html")}
     outcome = CliRunner().invoke(app, [places.get(word, word) for word in COMMANDS[command]])
     assert isinstance(outcome.exception, SystemExit | None), outcome.exc_info
     assert outcome.exit_code == (2 if command.startswith("show") and name != "one event" else 0)

@@ -10,7 +10,7 @@ import pytest
 
 from analysis.log import open_run
 from analysis.selection import EVERYTHING, LAST_SEGMENT, Selection
-from analysis.timing import Timing, timing
+from analysis.timing import COLUMNS, Timing, quantities, timing
 from analysis.usage import tool_table
 from ray_app.records import Event
 from tests.analysis.runs import event, model_call, tool_call, write_run
@@ -161,3 +161,16 @@ def test_of_a_dialogue_the_user_the_experts_and_the_environment_are_stages_of_th
     assert user.parts == {"prefill": 1.0, "other": 2.0}
     names = [row.name for row in tool_table(log)]
     assert names == ["call_expert", "get_order", "turn_wifi_on", "orchestrator", "user", "judge"]
+
+
+@pytest.mark.parametrize("models", [200, 300])
+def test_few_words_and_many_are_told_apart(tmp_path: Path, models: int) -> None:
+    names = [f"m{number % models}" for number in range(2 * models)]
+    rows = [model_call("expert", 1.0 + place, model=name) for place, name in enumerate(names)]
+    log = open_run(write_run(tmp_path, [*rows, tool_call("search", 1.0, model="")]), columns=COLUMNS)
+    words = log.words("model")
+    assert words.codes.itemsize == (1 if models < 256 else 4)
+    for wanted in (["m7"], ["m7", "m199", "other"], [f"m{number}" for number in range(0, models, 9)], ["no"]):
+        assert words.is_in(*wanted).sum() == 2 * len({*wanted} & {*names})
+    found = {one.name: sorted(one.values.tolist()) for one in quantities(log) if one.group == "model"}
+    assert found == {f"m{place}": [1.0 + place, 1.0 + place + models] for place in range(models)}

@@ -1,0 +1,159 @@
+"""A run as one HTML file that asks nobody for anything: figures, plots, and every turn of every task.
+
+The file holds its data beside the program that shows them. No text of a run becomes markup: data are JSON
+in which no `<` stands, or base64, and the program writes them as text nodes alone; the page's own policy
+(CSP) runs no script but that program, loads nothing and connects to nothing. What does not fit is left out
+by the end of each text, and said in place (`page_parts.py`).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from analysis.gated import gated_reason
+from analysis.log import EVERY, open_run
+from analysis.page_figures import figures_of
+from analysis.page_parts import Packed, pack, plan
+from analysis.page_tasks import (
+    COLUMNS,
+    EXIT_ZERO,
+    MORE_COLUMNS,
+    Most,
+    Vocabulary,
+    index_of,
+    parts_of,
+    tasks_of,
+)
+from analysis.page_texts import CUT_BYTES, Texts
+from analysis.questions import Questions, questions_of
+from analysis.selection import EVERYTHING, Selection
+from ray_app.errors import RunDirError
+
+MOST_BYTES = 19_500_000
+SCRIPTS = (
+    "page.js",
+    "format.js",
+    "tables.js",
+    "plots.js",
+    "bzip2.js",
+    "data.js",
+    "list.js",
+    "story.js",
+    "main.js",
+)
+COLUMNS_READ = tuple(dict.fromkeys((*EVERY, *COLUMNS, *MORE_COLUMNS)))
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """The file that was written, how much it holds of each text and document, and why none, if so."""
+
+    path: Path
+    size: int
+    tasks: int
+    text_bytes: int
+    document_bytes: int
+    withheld: str
+    sentence: str
+
+
+def write_page(
+    run_dir: Path,
+    path: Path,
+    selection: Selection = EVERYTHING,
+    *,
+    redact: bool | None = None,
+    most_bytes: int = MOST_BYTES,
+) -> Page:
+    """Write the page of the run at `run_dir` to `path`, at any moment of the run's life.
+
+    `redact` None withholds the texts of a gated set alone. The page takes about `most_bytes` at most, unless
+    the run's figures alone are more. Raises RunDirError where there is no run, or where `path` cannot be
+    written.
+    """
+    log = open_run(run_dir, replace(selection, all_runs=True), COLUMNS_READ)
+    withheld = gated_reason(log.facts) if redact is None else "asked for by --redact" if redact else ""
+    questions = Questions() if withheld else questions_of(run_dir, log.facts)
+    figures, tasks, words = figures_of(log), tasks_of(log), Vocabulary(log)
+    index = index_of(tasks, words)
+    with Texts(log, withheld=bool(withheld)) as texts:
+        room = most_bytes - len(json.dumps(figures.content)) - len(json.dumps(index))
+        most = Most(0, 0) if withheld else plan(texts, tasks, room)
+        packed = pack(parts_of(tasks, words, texts, questions, most), texts, most, room)
+    head = {
+        **{"name": Path(log.name).name, "run": log.name, "state": figures.run.state},
+        **{"made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"), "withheld": withheld},
+        **{"note": questions.note, "absence": log.absence or "", "cut": CUT_BYTES, "exit_zero": EXIT_ZERO},
+        **{
+            "text_bytes": packed.most.text,
+            "document_bytes": packed.most.document,
+            "packing": packed.packing,
+            "pieces": words.pieces,
+        },
+    }
+    data = {**head, "figures": figures.content, "words": words.names, "tasks": index, "parts": packed.tasks}
+    size = _write(path, _lines(data, packed))
+    return Page(path, size, len(tasks), *packed.most, withheld, figures.content["sentence"])
+
+
+def _lines(data: dict[str, Any], packed: Packed) -> Iterator[bytes]:
+    template, style = _file("page.html"), _file("page.css")
+    program = '"use strict";\n(() => {\n' + "\n".join(map(_file, SCRIPTS)) + "\n})();\n"
+    before, after = template.split("<!-- parts -->")
+    places = {"{{policy}}": _policy(program, style), "{{style}}": style, "{{program}}": program}
+    places |= {"{{data}}": _inert(data), "{{title}}": _text(f"{data['name']} \N{MIDDLE DOT} run report")}
+    for name, value in places.items():
+        head, found, tail = before.partition(name)
+        before = head + value + tail if found else before
+    yield before.encode("utf-8", "replace")
+    for kind in ("figures", "texts", "documents"):
+        for number, body in enumerate(getattr(packed, kind)):
+            yield b'<script type="text/plain" id="%s-%d">%s</script>\n' % (kind.encode(), number, body)
+    yield after.encode()
+
+
+def _policy(program: str, style: str) -> str:
+    """Nothing may run, style or load but what stands in the template; not even a handler in an attribute."""
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (program, style)]
+    return (
+        f"default-src 'none'; script-src 'sha256-{hashes[0]}'; style-src 'sha256-{hashes[1]}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _inert(data: dict[str, Any]) -> str:
+    """JSON that cannot end the element that it stands in, whatever it holds."""
+    body = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return body.translate({ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"})
+
+
+def _text(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _file(name: str) -> str:
+    return resources.files("analysis").joinpath("report_page", name).read_text(encoding="utf-8")
+
+
+def _write(path: Path, lines: Iterator[bytes]) -> int:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            size = sum(map(file.write, lines))
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise RunDirError(f"{path}: {error.strerror}; expected a file that can be written") from None
+    return size
