@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from analysis.paired import ALPHA, Difference, Ratio, difference, geometric_ratio, ratio_of_totals
 from analysis.settled import Side, Tasks
+from analysis.trials import Noise, detectable, noise
 
 Verdict = Literal["better", "worse", "cannot tell"]
 # Where these differ, scores mean different things.
@@ -78,7 +79,11 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What `python -m analysis compare` prints. `verdict` is about the second run, `reason` says why."""
+    """What `python -m analysis compare` prints. `verdict` is about the second run, `reason` says why.
+
+    `noise` are the noise floors of both runs over the pairs, `repeatable` the smallest true difference that
+    two such runs of these very tasks would show; None where nothing pairs.
+    """
 
     first: str
     second: str
@@ -88,6 +93,8 @@ class Comparison:
     other_facts: list[Label]
     pairing: Pairing
     overall: Group
+    noise: tuple[Noise | None, Noise | None]
+    repeatable: float | None
     by_category: list[Group]
     to_right: list[Flip]
     to_wrong: list[Flip]
@@ -109,6 +116,7 @@ def compare(first: Tasks, second: Tasks, *, ignore_labels: bool = False) -> Comp
         _label_of_data(*facts, pairing) if name == "dataset" else label(name, *facts) for name in LABELS
     ]
     overall = _group("all", pairs.values())
+    floors = _noise(pairs, 0), _noise(pairs, 1)
     verdict, reason = judge(overall.difference, labels, ignore_labels=ignore_labels)
     return Comparison(
         first.run_dir,
@@ -119,6 +127,8 @@ def compare(first: Tasks, second: Tasks, *, ignore_labels: bool = False) -> Comp
         [found for name in OTHER_FACTS if (found := label(name, *facts)).agrees is not True],
         pairing,
         overall,
+        floors,
+        detectable(*(floor.run_sd for floor in floors if floor)) if all(floors) else None,
         _categories(pairs.values()),
         _flips(pairs, 1),
         _flips(pairs, -1),
@@ -169,6 +179,10 @@ def _label_of_data(first: Mapping[str, Any], second: Mapping[str, Any], pairing:
     is_same = pairing.pairs and not pairing.by_id_alone
     is_same = is_same and not pairing.asked_otherwise and not pairing.judged_otherwise
     return replace(found, agrees=True) if is_same and found.agrees is False else found
+
+
+def _noise(pairs: Pairs, side: int) -> Noise | None:
+    return noise((key, *outcome) for key, sides in pairs.items() for outcome in sides[side].outcomes)
 
 
 def _categories(pairs: Collection[tuple[Side, Side]]) -> list[Group]:

@@ -14,6 +14,7 @@ from analysis.compare import Comparison, Flip, Group, Label, Pairing, RatioRow
 from analysis.numbers import Interval
 from analysis.paired import Ratio
 from analysis.text import DASH, number, percent, plain
+from analysis.trials import Noise
 
 SHOWN_FLIPS = 20
 _STYLES = {"better": "bold green", "worse": "bold red", "cannot tell": "bold yellow"}
@@ -34,7 +35,7 @@ def comparison_page(found: Comparison) -> RenderableType:
     parts.append(_labels([*found.labels, *found.other_facts]))
     parts += [Text(line) for line in _pairing_lines(found.pairing)]
     if found.overall.difference.n:
-        parts.append(_accuracy(found.overall))
+        parts.append(_accuracy(found))
         parts += [_groups(found.by_category)] if found.by_category else []
         parts += [
             _flips("wrong in A, right in B", found.to_right),
@@ -75,7 +76,8 @@ def _pairing_lines(pairing: Pairing) -> list[str]:
     return lines
 
 
-def _accuracy(group: Group) -> Table:
+def _accuracy(comparison: Comparison) -> Table:
+    group, floors = comparison.overall, comparison.noise
     found = group.difference
     table = Table(
         box=None,
@@ -95,10 +97,34 @@ def _accuracy(group: Group) -> Table:
             "detectable at 80% power",
             points(found.detectable) if found.detectable else "nothing: too few differ",
         ),
+        *(
+            (f"noise floor of {name}", _floor(floor))
+            for name, floor in zip("AB", floors, strict=True)
+            if floor
+        ),
+        ("  detectable on these tasks", _repeatable(comparison)),
     ]
     for name, value in rows:
         table.add_row(Text(name, style="bold"), Text(value))
     return table
+
+
+def _floor(found: Noise) -> str:
+    """What a repetition of the run would change by chance alone."""
+    most = "at most " if found.is_bound else ""
+    spread = (
+        "one trial"
+        if found.spread is None
+        else f"sd between {len(found.by_trial)} trials {100 * found.spread:.1f}"
+    )
+    return f"sd {most}{100 * found.run_sd:.1f} points by chance alone ({spread})"
+
+
+def _repeatable(comparison: Comparison) -> str:
+    if comparison.repeatable is None:
+        return DASH
+    is_bound = any(floor.is_bound for floor in comparison.noise if floor)
+    return f"{'at most ' if is_bound else ''}{points(comparison.repeatable)} at 80% power"
 
 
 def _groups(groups: Sequence[Group]) -> Table:

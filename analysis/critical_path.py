@@ -2,8 +2,9 @@
 
 Looks at one segment at a time. A task's span goes from the start of its attempt to its committed result; the
 slots of a segment are the most attempts that ran at once. Stages are disjoint: `queue` is the wait of any
-model call for a place, `orchestrator`, `expert` and `judge` are the rest of such a call, `other` is what no
-call accounts for (our own work, waits for a free process, a result on its way).
+model call for a place, `orchestrator`, `expert`, `user` and `judge` are the rest of such a call,
+`environment` is the tools of a dialogue, `other` is what no call accounts for (our own work, waits for a
+free process, a result on its way).
 """
 
 from __future__ import annotations
@@ -15,16 +16,15 @@ from typing import NamedTuple
 import numpy as np
 
 from analysis import schedule
-from analysis.log import SPANS, STAGES, Floats, Ints, Mask, RunLog
+from analysis.log import CALLS, SPANS, STAGES, Floats, Ints, Mask, RunLog
 from analysis.numbers import quantiles
-from analysis.timing import stage_masks
+from analysis.timing import MODEL_STAGES, stage_masks
 
-STAGE_NAMES = ("queue", "orchestrator", "expert", "user", "retrieval", "web", "code", "judge", "other")
-COLUMNS = (*SPANS, *STAGES, "outcome", "endpoint")
+STAGE_NAMES = ("queue", *MODEL_STAGES[:-1], "environment", "retrieval", "web", "code", "judge", "other")
+COLUMNS = (*SPANS, *STAGES, "outcome", "endpoint", "call_seq")
 DONE_AT = (0.5, 0.9, 0.95, 0.99, 1.0)
 SHOWN = 20
 END_SHARE = 0.05  # of the clock, at whose end the waits are asked for
-_MODEL_STAGES = ("orchestrator", "expert", "user", "judge")
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +251,7 @@ def _attempts(log: RunLog, mask: Mask) -> tuple[_Attempts | None, float, Mask]:
     of_row[rows] = group
     stages = _stages(log, rows, group, size, ends - starts)
     found = _Attempts(of_row, first_row, starts, ends, worker, result_row, turns, stages)
-    return found, zero, mask & log.kind("model_call", "retrieval", "code")
+    return found, zero, mask & log.kind(*CALLS)
 
 
 def _numbered(log: RunLog, rows: Ints) -> tuple[Ints, int]:
@@ -268,10 +268,10 @@ def _stages(log: RunLog, rows: Ints, group: Ints, size: int, spans: Floats) -> F
     duration, queue = log.numbers("duration_s")[rows], np.nan_to_num(log.numbers("queue_s")[rows])
     for name, mask in stage_masks(log).items():
         here = mask[rows]
-        waits = queue[here] if name in _MODEL_STAGES else 0.0
+        waits = queue[here] if name in MODEL_STAGES else 0.0
         whole = np.nan_to_num(duration[here])
         found[:, STAGE_NAMES.index(name)] = np.bincount(group[here], whole - waits, minlength=size)
-        if name in _MODEL_STAGES:
+        if name in MODEL_STAGES:
             found[:, 0] += np.bincount(group[here], waits, minlength=size)
     found[:, -1] = np.clip(spans - found.sum(1), 0.0, None)
     return found
@@ -309,7 +309,7 @@ def _gantt(log: RunLog, attempts: _Attempts, calls: Mask, zero: float, chained: 
         begin = log.ints("t_start")[rows] / 1e6 - zero
         end = begin + np.nan_to_num(log.numbers("duration_s")[rows])
         of = attempts.of_row[rows]
-        if name in _MODEL_STAGES:
+        if name in MODEL_STAGES:
             served = np.minimum(begin + queue[rows], end)
             parts.append((of, rows, 0, begin, served))
             begin = served

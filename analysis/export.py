@@ -1,4 +1,4 @@
-"""A run in the forms of other tools: `{id}.json` of earlier systems, and flat tables.
+"""A run in the forms of other tools: `{id}.json` of earlier systems, tau2's simulations, and flat tables.
 
 An id is never a path: what is not safe in a file name is escaped.
 """
@@ -6,6 +6,7 @@ An id is never a path: what is not safe in a file name is escaped.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +20,7 @@ from analysis.seed_form import Rows, seed_result
 from ray_app import events, journal
 from ray_app.errors import ConfigError, RunDirError
 from ray_app.records import digest
+from ray_app.tau2.counted import counted_simulations
 
 Format = Literal["json", "csv", "parquet", "pandas", "tau2"]
 LONGEST_NAME = 120
@@ -59,7 +61,20 @@ def export(run_dir: Path, folder: Path, form: Format) -> list[str]:
 
 
 def _as_tau2(run_dir: Path, folder: Path) -> list[str]:
-    raise ConfigError("export --format tau2: not written yet; expected json, csv, parquet or pandas")
+    """One `DOMAIN/{id}.json` per counted simulation: tau2's SimulationRun."""
+    found = sorted(counted_simulations(run_dir).values(), key=lambda each: (each.domain, each.task_id))
+    if not found:
+        raise ConfigError("export --format tau2: the run has no dialogue that counts; expected a tau2 run")
+    for each in found:
+        place = folder / quote(each.domain, safe="").replace(".", "%2E")
+        place.mkdir(exist_ok=True)
+        path = place / file_name(each.task_id.removeprefix(f"{each.domain}:"), each.trial)
+        temporary = path.with_name(f".{digest(path.name)}.tmp")
+        temporary.write_text(json.dumps(each.run, indent=2, ensure_ascii=False), encoding="utf-8")
+        temporary.replace(path)
+    return [
+        f"{count:,} files {domain}/{{id}}.json" for domain, count in Counter(d.domain for d in found).items()
+    ]
 
 
 def _as_csv(run_dir: Path, folder: Path) -> list[str]:

@@ -85,7 +85,7 @@ class Accounting:
     wald: Interval | None
 
 
-def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
+def wilson_interval(successes: float, n: float, confidence: float = 0.95) -> Interval:
     """The Wilson score interval of a proportion; (0, 1) for n = 0.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
@@ -230,7 +230,7 @@ def accounting(results: Iterable[Counted], planned: int) -> Accounting:
     )
 
 
-def _quantile(successes: int, n: int, confidence: float) -> float:
+def _quantile(successes: float, n: float, confidence: float) -> float:
     if not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n}; expected 0 <= successes <= n")
     if not 0 < confidence < 1:

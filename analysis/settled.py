@@ -27,7 +27,10 @@ _COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One task in one run: its settled trials. `seconds` None where a resume cut its time short."""
+    """One task in one run: its settled trials. `seconds` None where a resume cut its time short.
+
+    `outcomes` says of each of them (by number) whether it is right.
+    """
 
     rollout_key: str
     judge_key: str
@@ -38,6 +41,7 @@ class Side:
     seconds: float | None
     tokens: float
     turns: float
+    outcomes: tuple[tuple[int, bool], ...] = ()
 
     @property
     def share(self) -> Fraction:
@@ -97,17 +101,19 @@ def _side(rows: Sequence[Mapping[str, Any]]) -> Side | None:
     if not settled:
         return None
     n = len(settled)
+    outcomes = tuple((row["trial"], row["outcome"] == "ok" and row["is_correct"] is True) for row in settled)
     whole = [row["duration_s"] for row in settled if not _replayed(row["detail"] or "")]
     return Side(
         rollout_key=settled[0]["rollout_key"],
         judge_key=settled[0]["judge_key"],
         category=settled[0]["category"] or "",
-        right=sum(row["outcome"] == "ok" and row["is_correct"] is True for row in settled),
+        right=sum(is_right for _, is_right in outcomes),
         trials=n,
         cost_usd=sum(row["cost_usd"] or 0.0 for row in settled) / n,
         seconds=sum(whole) / len(whole) if whole else None,
         tokens=sum((row["prompt_tokens"] or 0) + (row["completion_tokens"] or 0) for row in settled) / n,
         turns=sum(row["turn"] or 0 for row in settled) / n,
+        outcomes=outcomes,
     )
 
 

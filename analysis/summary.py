@@ -184,7 +184,8 @@ def _notes(log: RunLog) -> list[str]:
     trials = log.facts.get("trials")
     if isinstance(trials, int) and trials > 1 and not log.selection.trials:
         notes.append(
-            f"The intervals treat the {trials} trials of a task as independent; --trial 0 takes one."
+            f"The intervals treat the {trials} trials of a task as independent; --trial 0 takes one, "
+            "`python -m analysis tau2` takes the task as the unit."
         )
     return notes
 

@@ -26,6 +26,7 @@ STAGE_COLOURS = {
     "orchestrator": BLUE,
     "expert": ORANGE,
     "user": "#2fa7a0",
+    "environment": "#b08968",
     "retrieval": GREEN,
     "web": YELLOW,
     "code": PURPLE,

@@ -3,6 +3,7 @@
 Times are of calls that succeeded, in seconds, of the segment that is asked for. A tool call spans all that it
 does, its expert included; a model call spans its wait for a place (queue), the time to the first token
 (prefill), the rest of the answer (decode) and our own overhead. A retrieval that asked the web counts as web.
+Among the stages, `user` is the simulated user's model and `environment` a tool of a dialogue's environment.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ GROUPS: dict[Group, str] = {
 }
 ALL = "all tools"
 PARTS = ("queue", "prefill", "decode", "retrieval", "web", "code", "other")
-COLUMNS = (*STAGES, "prompt_tokens", "completion_tokens")
+COLUMNS = (*STAGES, "prompt_tokens", "completion_tokens", "call_seq")
+MODEL_STAGES = ("orchestrator", "expert", "user", "judge")
 BINS = 10
 
 
@@ -143,11 +145,11 @@ def quantities(log: RunLog) -> Iterator[Series]:
 def stage_masks(log: RunLog) -> dict[str, Mask]:
     """The rows of each stage whose time is that of a whole call; none belongs to two of them."""
     retrieval, web = log.kind("retrieval"), log.words("search_backend").is_in("tavily_fallback")
+    # An environment's tool is a call of its own, with a place in the record; other tools only span calls.
+    own_tool = log.kind("tool_call") & (log.ints("call_seq") >= 0)
     return {
-        "orchestrator": log.role("orchestrator"),
-        "expert": log.role("expert"),
-        "user": log.role("user"),
-        "judge": log.role("judge"),
+        **{role: log.role(role) for role in MODEL_STAGES},
+        "environment": own_tool,
         "retrieval": retrieval & ~web,
         "web": retrieval & web,
         "code": log.kind("code"),

@@ -7,6 +7,7 @@ two snapshots is not counted.
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
@@ -63,6 +64,26 @@ def cpu_s(before: Snapshot, after: Snapshot) -> Counter[str]:
     for pid, process in after.items():
         spent[process.kind] += process.cpu_s - (before[pid].cpu_s if pid in before else 0.0)  # type: ignore[assignment]
     return spent
+
+
+class Clocked(NamedTuple):
+    """A moment (Unix seconds), and the CPU seconds that this machine's cores had been busy by then."""
+
+    at: float
+    busy_s: float
+
+
+def clocked() -> Clocked:
+    times = psutil.cpu_times()
+    idle = times.idle + getattr(times, "iowait", 0.0)
+    guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # counted as user too
+    return Clocked(time.time(), sum(times) - idle - guests)
+
+
+def share_left(begin: Clocked, end: Clocked, own_cpu_s: float) -> float:
+    """The share of this machine's cores that others left to whom `own_cpu_s` was burned for; 1 where idle."""
+    others_s = max(0.0, end.busy_s - begin.busy_s - own_cpu_s)
+    return max(0.01, 1 - others_s / ((end.at - begin.at) * (psutil.cpu_count() or 1)))
 
 
 def held_bytes(now: Snapshot) -> int:

@@ -15,11 +15,11 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray_app.chat import ChatRequest
 from ray_app.records import ChatReply, Usage
@@ -74,11 +74,18 @@ class InProcessModel:
         return ChatReply(text, finish_reason="stop", usage=USAGE, model=MODEL)
 
 
-class Connection(asyncio.Protocol):
-    """One client connection."""
+class Answer(NamedTuple):
+    """The packets of a response: the last one goes out `latency_s` after the request."""
 
-    def __init__(self, behaviour: Behaviour) -> None:
-        self._behaviour = behaviour
+    latency_s: float
+    packets: Sequence[bytes]
+
+
+class Connection(asyncio.Protocol):
+    """One client connection; `reply` answers a request, head and body, in two packets or more."""
+
+    def __init__(self, reply: Callable[[bytes], Answer]) -> None:
+        self._reply = reply
         self._buffer = bytearray()
         self._timers: list[asyncio.TimerHandle] = []
         self._transport: Any = None
@@ -106,10 +113,7 @@ class Connection(asyncio.Protocol):
         if request.startswith(b"GET"):
             self._transport.write(_models())
             return
-        seeds = _SEED.findall(request)
-        seed = int(seeds[-1]) if seeds else 0
-        latency_s = self._behaviour.latency_s(seed)
-        first, *rest = packets(self._behaviour.text(seed), self._behaviour)
+        latency_s, (first, *rest) = self._reply(request)
         later = asyncio.get_running_loop().call_later
         begin_s = latency_s * PREFILL_SHARE
         step_s = (latency_s - begin_s) / len(rest)
@@ -120,15 +124,27 @@ class Connection(asyncio.Protocol):
         ]
 
 
+def seeded(behaviour: Behaviour, request: bytes) -> Answer:
+    """What `behaviour` answers to the seed of a request."""
+    seeds = _SEED.findall(request)
+    seed = int(seeds[-1]) if seeds else 0
+    return Answer(behaviour.latency_s(seed), packets(behaviour.text(seed), behaviour))
+
+
 def packets(text: str, behaviour: Behaviour) -> list[bytes]:
     """A streamed chat completion: what goes out with the first token, and the rest."""
     size = -(-len(text) // behaviour.chunks) or 1
     pieces = [text[start : start + size] for start in range(0, len(text), size)] or [""]
-    lines = [_chunk({"content": piece}) for piece in pieces] + [_chunk({}, "stop"), _usage_chunk(), b"[DONE]"]
+    return streamed([{"content": piece} for piece in pieces], "stop", is_gradual=behaviour.is_gradual)
+
+
+def streamed(deltas: Sequence[Mapping[str, Any]], finish: str, *, is_gradual: bool = False) -> list[bytes]:
+    """The same of any deltas, one or more."""
+    lines = [*map(_chunk, deltas), _chunk({}, finish), _usage_chunk(), b"[DONE]"]
     head = _HEAD % b"text/event-stream" + b"transfer-encoding: chunked\r\n\r\n"
     first, *rest = map(_framed, lines)
-    whole = rest if behaviour.is_gradual else [b"".join(rest)]
-    return [head + first, *whole[:-1], whole[-1] + b"0\r\n\r\n"]
+    later = rest if is_gradual else [b"".join(rest)]
+    return [head + first, *later[:-1], later[-1] + b"0\r\n\r\n"]
 
 
 def _framed(line: bytes) -> bytes:
@@ -136,14 +152,25 @@ def _framed(line: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(event), event)
 
 
-def _chunk(delta: dict[str, str], finish: str | None = None) -> bytes:
+def _chunk(delta: Mapping[str, Any], finish: str | None = None) -> bytes:
     return _completion([{"index": 0, "delta": delta, "finish_reason": finish}])
 
 
 def _usage_chunk() -> bytes:
+    return _completion([], usage=_usage())
+
+
+def _usage() -> dict[str, int]:
     total = USAGE.prompt_tokens + USAGE.completion_tokens
     counted = {"prompt_tokens": USAGE.prompt_tokens, "completion_tokens": USAGE.completion_tokens}
-    return _completion([], usage=counted | {"total_tokens": total})
+    return counted | {"total_tokens": total}
+
+
+def whole(message: Mapping[str, Any], finish: str) -> bytes:
+    """A chat completion that was not asked to be streamed."""
+    choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": finish}
+    head = {"id": "c", "object": "chat.completion", "created": 0, "model": MODEL}
+    return _in_json({**head, "choices": [choice], "usage": _usage()})
 
 
 def _completion(choices: list[dict[str, Any]], **more: Any) -> bytes:
@@ -153,21 +180,26 @@ def _completion(choices: list[dict[str, Any]], **more: Any) -> bytes:
 
 def _models() -> bytes:
     listed = {"id": MODEL, "object": "model", "created": 0, "owned_by": "benchmarks"}
-    body = json.dumps({"object": "list", "data": [listed]}).encode()
+    return _in_json({"object": "list", "data": [listed]})
+
+
+def _in_json(value: Any) -> bytes:
+    body = json.dumps(value).encode()
     return _HEAD % b"application/json" + b"content-length: %d\r\n\r\n%s" % (len(body), body)
 
 
-async def serve(behaviour: Behaviour) -> None:
+async def serve(make: Callable[[], Connection]) -> None:
     """Answer on a free loopback port, printed as the first line, until cancelled."""
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(partial(Connection, behaviour), "127.0.0.1", 0, backlog=4096)
+    server = await loop.create_server(make, "127.0.0.1", 0, backlog=4096)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 
 
 def main() -> None:
     """Serve the behaviour on the command line (JSON); ends when killed."""
-    asyncio.run(serve(Behaviour(**json.loads(sys.argv[1]))))
+    reply = partial(seeded, Behaviour(**json.loads(sys.argv[1])))
+    asyncio.run(serve(partial(Connection, reply)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +214,14 @@ class Server:
 def serving(behaviour: Behaviour) -> Iterator[Server]:
     """A stub server in a process of its own, killed at the end."""
     program = "from benchmarks.stub_model import main; main()"
-    command = [sys.executable, "-c", program, json.dumps(asdict(behaviour))]
+    with served(program, json.dumps(asdict(behaviour))) as server:
+        yield server
+
+
+@contextmanager
+def served(program: str, *arguments: str) -> Iterator[Server]:
+    """A Python program that serves a model and prints its port first, killed at the end."""
+    command = [sys.executable, "-c", program, *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

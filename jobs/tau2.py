@@ -25,8 +25,8 @@ from ray_app.config import load
 from ray_app.errors import EvalError
 from ray_app.job_options import with_tasks
 from ray_app.ordering import Asked
+from ray_app.tau2.closing import close
 from ray_app.tau2.config import Tau2Config
-from ray_app.tau2.export import export
 from ray_app.tau2.run import SolverInWorker, check_services, read_job
 
 
@@ -69,8 +69,7 @@ def main(
         check = partial(check_services, job)
         command = driver.Command(console, solver_for, check, fresh, retry_failed, json, pictures, tasks)
         exit_code = driver.carry_out(job, command)
-        for line in export(job):
-            command.say(line)
+        close(job, command)
         raise typer.Exit(exit_code)
     except EvalError as error:
         raise typer.Exit(driver.report_error(error, console)) from None

@@ -12,6 +12,7 @@ COMMANDS = {
     "usage": "analysis.commands.usage",
     "duration": "analysis.commands.duration",
     "critical-path": "analysis.commands.critical_path",
+    "tau2": "analysis.commands.tau2",
     "show": "analysis.commands.show",
     "watch": "analysis.commands.watch",
     "status": "analysis.commands.status",

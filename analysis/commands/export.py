@@ -28,10 +28,10 @@ def command(
     run: Run,
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The folder to write into.")],
     form: Annotated[
-        Form, typer.Option("--format", help="{id}.json of earlier systems, or flat tables.")
+        Form, typer.Option("--format", help="{id}.json of earlier systems or tau2, or flat tables.")
     ] = Form.json,
 ) -> None:
-    """Write {id}.json per result (json), or the tables results and calls (csv, parquet; pandas: Feather)."""
+    """Write {id}.json per result (json, tau2) or tables: results and calls (csv, parquet; pandas: Feather)"""
     with one_line_errors():
         for line in export(local(run), to, form.value):
             typer.echo(f"{to}: {line}")

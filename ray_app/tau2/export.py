@@ -6,17 +6,16 @@ Made from the event log, so only what counts is there, and a resumed or interrup
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-from ray_app import events, object_store, rundir
+from ray_app import object_store, rundir
 from ray_app.records import Task
 from ray_app.tau2.config import Tau2Config
+from ray_app.tau2.counted import counted_simulations
 from ray_app.tau2.run import CRITERIA, Tau2Job
 
 FOLDER = "tau2"
-Key = tuple[str, int]
-_COLUMNS = ["rollout_key", "trial", "epoch", "attempt", "category", "payload_hash", "event_id"]
 
 
 def export(job: Tau2Job) -> list[str]:
@@ -35,32 +34,11 @@ def export(job: Tau2Job) -> list[str]:
 
 
 def simulations(job: Tau2Job) -> list[tuple[str, dict[str, Any]]]:
-    """(domain, SimulationRun as JSON data) of each result that counts and has one, by task and trial."""
-    if not (job.run_dir / "log").exists():
-        return []
-    counted = {(row["rollout_key"], row["trial"]) for row in events.results(job.run_dir).to_pylist()}
-    latest: dict[Key, Mapping[str, Any]] = {}
-    for row in _rows(job):
-        key = row["rollout_key"], row["trial"]
-        if key in counted and (key not in latest or _age(latest[key]) < _age(row)):
-            latest[key] = row
-    bodies = events.read_payloads(job.run_dir, {row["payload_hash"] for row in latest.values()})
+    """(domain, SimulationRun as JSON data) of each result that counts and has one, by trial and task."""
+    found = counted_simulations(job.run_dir)
     order = {task.rollout_key: place for place, task in enumerate(job.tasks)}
-    keys = sorted((key for key in latest if key[0] in order), key=lambda key: (key[1], order[key[0]]))
-    return [
-        (latest[key]["category"], json.loads(bodies[latest[key]["payload_hash"]]))
-        for key in keys
-        if latest[key]["payload_hash"] in bodies
-    ]
-
-
-def _rows(job: Tau2Job) -> Iterator[Mapping[str, Any]]:
-    for batch in events.read(job.run_dir, _COLUMNS, where={"kind": {"simulation"}}):
-        yield from batch.to_pylist()
-
-
-def _age(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["epoch"], row["attempt"]
+    keys = sorted((key for key in found if key[0] in order), key=lambda key: (key[1], order[key[0]]))
+    return [(found[key].domain, found[key].run) for key in keys]
 
 
 def results_json(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -56,6 +57,7 @@ class Tau2Job(Job):
         config = self.config
         return {
             "domains": ", ".join(config.domains),
+            "tasks_by_domain": dict(Counter(task.category for task in self.tasks)),
             "split": config.split,
             "user": config.user.model,
             "experts": ", ".join(f"{name} ({each.model})" for name, each in config.experts.items()),

@@ -44,6 +44,9 @@ HOW_TO_INSTALL = (
     f"set {DATA_VARIABLE} to its data folder, or use --domain {service_desk.NAME}"
 )
 _judged: ContextVar[str | None] = ContextVar("judged", default=None)
+# By domain, solo mode and side: tau2 makes two pydantic models for each tool that it is asked for, a
+# millisecond each, and telecom has 43.
+_SCHEMAS: dict[tuple[str, bool, Side], tuple[Schema, ...]] = {}
 
 
 class _AskedJudge(Exception):
@@ -275,10 +278,14 @@ class UpstreamEnvironment:
         )
 
     def schemas(self, side: Side, only: Sequence[str] | None = None) -> tuple[Schema, ...]:
+        key = self.inner.get_domain_name(), bool(self.inner.solo_mode), side
+        if key not in _SCHEMAS:
+            _SCHEMAS[key] = tuple(tool.openai_schema for tool in self._tools(side))
+        return tuple(each for each in _SCHEMAS[key] if only is None or each["function"]["name"] in only)
+
+    def _tools(self, side: Side) -> list[Any]:
         tools = list(self.inner.get_tools()) if side == "assistant" else self._user_tools()
-        if side == "assistant" and self.inner.solo_mode:
-            tools += self._user_tools()
-        return tuple(tool.openai_schema for tool in tools if only is None or tool.name in only)
+        return [*tools, *self._user_tools()] if side == "assistant" and self.inner.solo_mode else tools
 
     def call(self, call: Call) -> Answered:
         asked = _upstream().messages.ToolCall(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from analysis.__main__ import app
 from analysis.compare import Comparison, compare
+from analysis.compare_page import comparison_page
 from analysis.paired import difference_interval, randomisation_p
 from analysis.seed_import import import_run
 from analysis.settled import Tasks, read_tasks, tasks_of
@@ -57,6 +61,21 @@ def test_the_figures_of_the_pairs_are_those_of_the_tasks_that_differ() -> None:
     assert n.interval == difference_interval([1.0] * 3 + [0.0] * 7)
     assert [flip.task_id for flip in found.to_right] == ["t02", "t03", "t09"] and found.to_wrong == []
     assert (found.verdict, found.reason.startswith("p = 0.25")) == ("cannot tell", True)
+
+
+def test_the_noise_floors_of_both_runs_stand_beside_their_difference() -> None:
+    once = compare(of_word("1100110000"), of_word("1111110001"))
+    assert all(floor is not None and floor.is_bound for floor in once.noise)
+    assert once.repeatable == pytest.approx(2.8016 * math.sqrt(0.4 * 0.6 / 10 + 0.7 * 0.3 / 10), rel=1e-4)
+    rows = [row(f"t{n}", n + trial > 3, trial=trial) for n in range(6) for trial in range(2)]
+    twice = compare(tasks(*rows, trials=2), tasks(*rows, trials=2))
+    floor = twice.noise[0]
+    assert floor is not None and floor.by_trial == (2 / 6, 3 / 6) and not floor.is_bound
+    assert floor.run_sd == pytest.approx(math.sqrt(0.5 / 2) / 6)  # one task of six falls both ways
+    page = Console(width=120, file=io.StringIO())
+    page.print(comparison_page(twice))
+    assert isinstance(page.file, io.StringIO)
+    assert "sd 8.3 points by chance alone (sd between 2 trials 11.8)" in page.file.getvalue()
 
 
 @pytest.mark.parametrize(

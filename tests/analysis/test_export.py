@@ -119,7 +119,7 @@ def test_an_empty_run_is_exported_as_nothing_and_a_mistake_is_one_line(run_dir: 
     empty = write_run(tmp_path / "empty", [])
     assert export(empty, tmp_path / "out", "json") == ["0 files {id}.json"]
     assert export(empty, tmp_path / "out", "csv") == ["results.csv: 0 rows", "calls.csv: 0 rows"]
-    with pytest.raises(ConfigError, match="tau2: not written yet"):
+    with pytest.raises(ConfigError, match="tau2: the run has no dialogue that counts"):
         export(run_dir, tmp_path / "out", "tau2")
     (tmp_path / "file").write_text("")
     for run, to in ((tmp_path / "nowhere", "x"), (run_dir, "file")):

@@ -11,6 +11,7 @@ import pytest
 from analysis.log import open_run
 from analysis.selection import EVERYTHING, LAST_SEGMENT, Selection
 from analysis.timing import COLUMNS, Timing, quantities, timing
+from analysis.usage import tool_table
 from ray_app.records import Event
 from tests.analysis.runs import event, model_call, tool_call, write_run
 
@@ -130,6 +131,36 @@ def test_filters_compare_whole_values(tmp_path: Path, selection: Selection, expe
     )
     assert values(found).get(("tool", "all tools"), []) == expected
     assert bool(found.note) is (expected == [])
+
+
+def test_of_a_dialogue_the_user_the_experts_and_the_environment_are_stages_of_their_own(
+    tmp_path: Path,
+) -> None:
+    log = open_run(
+        write_run(
+            tmp_path / "run",
+            [
+                model_call("orchestrator", 2.0, model="o"),
+                model_call("expert", 5.0, model="e", tool="call_expert"),
+                tool_call("call_expert", 5.5, model="e"),
+                tool_call("get_order", 0.25, alias="agent", call_seq=2),
+                tool_call("turn_wifi_on", 0.5, alias="user", call_seq=3, status="error"),
+                model_call("user", 3.0, model="u", prefill_s=1.0),
+                model_call("judge", 1.0, model="o"),
+            ],
+        )
+    )
+    found = values(timing(log))
+    stages = {name: times for (group, name), times in found.items() if group == "stage"}
+    assert stages == {
+        **{"orchestrator": [2.0], "expert": [5.0], "user": [3.0], "judge": [1.0]},
+        **{"environment": [0.25], "prefill": [1.0]},
+    }
+    assert timing(log).row("stage", "environment").errors == 1
+    (user,) = (row for row in timing(log).components if row.name == "user")
+    assert user.parts == {"prefill": 1.0, "other": 2.0}
+    names = [row.name for row in tool_table(log)]
+    assert names == ["call_expert", "get_order", "turn_wifi_on", "orchestrator", "user", "judge"]
 
 
 @pytest.mark.parametrize("models", [200, 300])

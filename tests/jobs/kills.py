@@ -34,12 +34,14 @@ class Job:
     cluster: Cluster
     witness: Witness
     run_dir: Path
+    script: str = "jobs/hle.py"
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def start(self, concurrency: int, **environ: str) -> subprocess.Popen[str]:
         endpoint = f"models.baseline.endpoints=[{{base_url: {self.witness.url}}}]"
+        where = ("--run-dir", str(self.run_dir))
         settings = ("--set", endpoint, "--set", f"concurrency={concurrency}")
-        self.started.append(self.cluster.job("--run-dir", str(self.run_dir), *settings, **environ))
+        self.started.append(self.cluster.job(*where, *settings, script=self.script, **environ))
         return self.started[-1]
 
     def end(self) -> None:
@@ -185,6 +187,20 @@ class Told:
         return {
             row["task_id"]: Answer(row["outcome"], row["is_correct"], bodies[row["payload_hash"]])
             for row in rows
+        }
+
+    def dialogues(self) -> dict[str, tuple[str, Any]]:
+        """The newest simulation of each task: the hash of its last state, and what was said in it."""
+        rows = sorted(self.rows("simulation"), key=lambda row: (row["epoch"], row["attempt"]))
+        bodies = events.read_payloads(self.run_dir, {row["payload_hash"] for row in rows})
+        told = {row["task_id"]: json.loads(bodies[row["payload_hash"]]) for row in rows}
+        said = ("role", "content", "tool_calls", "error")
+        return {
+            task: (
+                run["info"]["state_hash"],
+                [[message.get(key) for key in said] for message in run["messages"]],
+            )
+            for task, run in told.items()
         }
 
     def answered(self) -> list[dict[str, Any]]:

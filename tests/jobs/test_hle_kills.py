@@ -5,6 +5,7 @@ The baseline is deterministic, so whatever dies, a run must end with the answers
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -20,6 +21,7 @@ from tests.jobs.cluster import Cluster, finished, running, until
 from tests.jobs.kills import Answer, Job, Kill, Witness, titled, witness
 
 pytestmark = pytest.mark.cluster
+SIMULATED = r"^\[TAU2_TASK_COMPLETE\] .* status=done"
 DONE = r"^\[HLE_TASK_COMPLETE\] .* status=done"
 QUESTIONS = 60
 SEED = int(os.environ.get("TOOLORCH_KILL_SEED") or 1)
@@ -104,6 +106,44 @@ def test_a_worker_the_checkpoint_actor_the_model_server_and_a_node_die_one_after
     assert job.witness.repeated(*killed, settled_s=HANDLED_S) == 0
     assert max(row["attempt"] for row in job.told.rows("result")) >= 2
     assert {row["epoch"] for row in job.told.rows("result")} == {1}
+
+
+def test_dialogues_cut_by_the_death_of_a_worker_and_of_the_driver_go_on_in_their_middle(
+    cluster: Cluster, seen: Witness, tmp_path: Path
+) -> None:
+    """tau2 by the same engine: an environment comes back to the state in which it was lost."""
+    seen.answered.clear()
+    quiet, job = (Job(cluster, seen, tmp_path / name, "jobs/tau2.py") for name in ("quiet", "killed"))
+    output = finished(quiet.start(concurrency=20))
+    expected, dialogues = quiet.told.answers(), quiet.told.dialogues()
+    assert len(expected) == len(dialogues) == 20 and len({state for state, _ in dialogues.values()}) > 10, (
+        output
+    )
+    assert len(seen.answered) == len(quiet.told.answered()), "the witness knows a call by its body"
+    seen.answered.clear()
+
+    first = job.start(concurrency=6)
+    until(first, SIMULATED, times=2)
+    began = time.time()
+    titled(cluster, "ray::Worker")[0].kill()
+    killed = [Kill(began, time.time())]
+    until(first, SIMULATED, times=6)
+    began = time.time()
+    first.kill()
+    first.wait()
+    killed.append(Kill(began, time.time()))
+    cut = {row["task_id"] for row in job.told.rows("tool_call")} - {*job.told.answers()}
+    output = finished(job.start(concurrency=6))
+    job.end()
+
+    job.told.check(expected)
+    assert job.told.dialogues() == dialogues, output
+    assert "20 planned simulations: 20 count, 0 infrastructure errors left out" in output
+    assert json.loads((job.run_dir / "analysis" / "tau2.json").read_text())["overall"]["tasks"] == 20
+    assert cut, "the driver left dialogues in their middle"
+    assert {row["epoch"] for row in job.told.rows("result")} == {1, 2}
+    assert max(row["attempt"] for row in job.told.rows("result") if row["epoch"] == 1) >= 2
+    assert job.witness.repeated(*killed, settled_s=HANDLED_S) == 0
 
 
 def test_everything_dies_at_once_and_the_same_command_on_a_new_cluster_goes_on(
