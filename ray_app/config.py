@@ -115,6 +115,14 @@ class ModelConfig(Section):
     )
     extra_body: dict[str, Any] = {}
 
+    @model_validator(mode="after")
+    def _each_address_once(self) -> Self:
+        """Health, homes and limits of an endpoint go by its address."""
+        places = [item.service or (item.base_url or "").rstrip("/") for item in self.endpoints]
+        if twice := [place for place in places if places.count(place) > 1]:
+            raise ValueError(f"endpoints: expected each address once, got {twice[0]} {len(twice)} times")
+        return self
+
 
 class Sampling(Section):
     """What a call asks for. None leaves a field to the endpoint."""

@@ -35,6 +35,14 @@ def test_the_environment_of_the_earlier_system_is_honoured_and_the_command_line_
         ({"tools": {"serach": {}}}, "tools.serach"),
         ({"tools": {}}, "expected at least `answer`"),
         ({"models": {"baseline": {"endpoints": [{}]}}}, "exactly one of base_url and service"),
+        (
+            {
+                "models": {
+                    "baseline": {"endpoints": [{"base_url": url} for url in ("http://h/v1", "http://h/v1/")]}
+                }
+            },
+            "models.baseline: endpoints: expected each address once, got http://h/v1 2 times",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_with_key_value_and_expectation(
