@@ -59,7 +59,7 @@ class _Call:
     body: bytes
     route: Route | None = None
     faults: list[str] = field(default_factory=list)
-    failed: set[str] = field(default_factory=set)
+    failed: dict[str, float] = field(default_factory=dict)  # URL -> when it may be asked again
 
     def marked(self, error: BaseException) -> None:
         """Write onto `error` where the call went last and what it met: its event records it."""
@@ -122,17 +122,24 @@ class Router:
             finally:
                 route.open -= 1
             call.faults.append(fault.name)
-            call.failed.add(route.url)
+            call.failed[route.url] = loop.time() + fault.retry_after_s
             if not fault.is_passing or len(call.faults) == MAX_TRIES:
                 raise fault.error
-            pause_s = self._pause_s(call, fault)
+            pause_s = self._pause_s(call)
             if loop.time() + pause_s >= call.deadline:
                 raise self._out_of_time(call, fault.error)
             await asyncio.sleep(pause_s)
 
     def _pick(self, call: _Call) -> Route:
-        name = call.request.model
-        return self._homes[name].pick(call.request.session, self._routes[name], call.failed)
+        """Where it has not been yet; after that, where it may come again."""
+        name, failed, now = call.request.model, call.failed, asyncio.get_running_loop().time()
+        if all(route.url in failed for route in self._usable(call)):
+            failed = {url: until for url, until in failed.items() if until > now}
+        return self._homes[name].pick(call.request.session, self._routes[name], failed)
+
+    def _usable(self, call: _Call) -> list[Route]:
+        routes = self._routes[call.request.model]
+        return [route for route in routes if route.is_healthy] or routes
 
     async def _attempt(self, call: _Call, route: Route) -> Answered:
         await self._slot(call, route)
@@ -159,12 +166,13 @@ class Router:
         await route.slots.acquire()
         call.deadline += loop.time() - began
 
-    def _pause_s(self, call: _Call, fault: Fault) -> float:
+    def _pause_s(self, call: _Call) -> float:
         """Seconds until the next attempt. What one endpoint asks for does not hold for another."""
         backoff_s = min(BACKOFF_S * 2.0 ** (len(call.faults) - 1), MAX_BACKOFF_S)
         jittered_s = backoff_s * self._rng.uniform(0.5, 1.5)
-        others = (route for route in self._routes[call.request.model] if route.url not in call.failed)
-        return jittered_s if any(route.is_healthy for route in others) else fault.retry_after_s + jittered_s
+        now = asyncio.get_running_loop().time()
+        free = min(call.failed.get(route.url, now) for route in self._usable(call))
+        return max(0.0, free - now) + jittered_s
 
     def _out_of_time(self, call: _Call, last: Exception) -> EndpointError:
         urls = ", ".join(route.url for route in self._routes[call.request.model])
@@ -281,6 +289,7 @@ def cost(usage: Usage, model: ModelConfig) -> float:
     """US dollars of one call at the model's prices (dollars per million tokens); 0 where it has none."""
     price = model.price or Price()
     cached_price = price.input if price.cached_input is None else price.cached_input
-    fresh = usage.prompt_tokens - usage.cached_tokens
-    total = fresh * price.input + usage.cached_tokens * cached_price + usage.completion_tokens * price.output
+    cached = min(usage.cached_tokens, usage.prompt_tokens)  # some services count them apart
+    fresh = usage.prompt_tokens - cached
+    total = fresh * price.input + cached * cached_price + usage.completion_tokens * price.output
     return total / 1e6

@@ -118,7 +118,7 @@ class Route:
             raise self._discreet(fault) from None
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             if timer.expired():
-                raise reader.late(loop.time() - sent) from None
+                raise reader.late(sent, loop.time()) from None
             raise faults.of_connection(error, self.url) from None
         done = loop.time()
         return Answered(answer, sent, first or done, done)
@@ -232,7 +232,11 @@ class _Reader:
         except (ValueError, TypeError, AttributeError) as error:
             raise malformed(self._url, error) from None
 
-    def late(self, waited_s: float) -> Fault:
+    def late(self, sent: float, now: float) -> Fault:
+        waited_s = now - sent
+        if self._has_begun and now >= self._limits.deadline:
+            cut = f"endpoint {self._url}: an answer that was not complete after {waited_s:.3g} s"
+            return Fault("timeout", EndpointError(cut))
         if self._has_begun:
             stood = f"endpoint {self._url}: the stream stood still for {self._limits.stall_s:g} s"
             return Fault("stall", EndpointError(stood))
@@ -256,6 +260,13 @@ def _address(url: str, path: str) -> URL:
         address = URL()
     if address.scheme not in {"http", "https"} or not address.host:
         raise ConfigError(f"endpoint {url!r}: expected a base URL such as http://127.0.0.1:8000/v1")
+    if address.user is not None or address.password is not None:
+        shown = address.with_user(None)
+        raise ConfigError(
+            f"endpoint {shown}: a key in the address would be logged; name its variable as api_key_env"
+        )
+    if "?" in url or "#" in url:
+        raise ConfigError(f"endpoint {url.partition('?')[0]}: expected a base URL without ? and #")
     return address
 
 

@@ -5,7 +5,7 @@ that the event log can list what a call met: an HTTP status ("429"), or one of
 
     connect     no connection              stall      the stream stood still
     reset       cut while it was used      truncated  ended before the answer did
-    timeout     no first byte in time      malformed  no JSON, or not of this protocol
+    timeout     no first byte, or no end   malformed  no JSON, or not of this protocol
     empty       no choice in the answer    error      an error in mid-stream, without a status
 """
 
@@ -102,6 +102,8 @@ def of_stream(said: Complaint, url: str) -> Fault:
         return classify(int(said.code), said, url, {})
     if _is_overflow(said):
         return Fault("error", ContextOverflow(f"endpoint {url}: {said.message}"))
+    if said.code == "content_filter":
+        return Fault("error", Refusal(f"endpoint {url}: {said.message} (code {said.code})"))
     return Fault("error", EndpointError(f"endpoint {url}: error in mid-stream: {said.message}"))
 
 
@@ -141,6 +143,13 @@ def _retry_after_s(headers: Mapping[str, str], now: float) -> float:
     try:
         seconds = float(asked)
     except ValueError:
-        date = email.utils.parsedate_tz(asked)
-        seconds = email.utils.mktime_tz(date) - now if date else 0.0
+        seconds = _time_of(asked, now) - now
     return min(max(0.0, seconds), MAX_RETRY_AFTER_S)  # in this order, what is no number is 0
+
+
+def _time_of(date: str, otherwise: float) -> float:
+    try:
+        parts = email.utils.parsedate_tz(date)
+        return email.utils.mktime_tz(parts) if parts else otherwise
+    except (ValueError, OverflowError):  # a date that no calendar has
+        return otherwise

@@ -155,6 +155,14 @@ async def test_a_call_that_hangs_ends_at_its_deadline_and_the_server_is_told() -
         await asyncio.wait_for(server.closed_early.wait(), 5)
 
 
+async def test_an_answer_that_takes_too_long_did_not_stand_still() -> None:
+    slow = [chunk({"content": "x"}), *["pause", chunk({"content": "x"})] * 40]
+    async with serving(slow) as server, routed(server.url, timeout_s=0.3) as router:
+        with pytest.raises(EndpointError, match=r"not complete after 0\.3") as caught:
+            await router.complete(REQUEST)
+    assert marks(caught.value)[3] == "timeout"
+
+
 async def test_cancelling_a_call_reaches_the_server() -> None:
     async with serving("hang") as server, routed(server.url) as router:
         call = asyncio.create_task(router.complete(REQUEST))
@@ -206,6 +214,13 @@ async def test_the_environment_changes_no_route_and_leaks_no_key(monkeypatch: py
 def test_an_address_that_is_none_is_a_mistake_of_the_user(url: str) -> None:
     with pytest.raises(ConfigError, match="expected a base URL"):
         Router({"m": ModelConfig(endpoints=(Endpoint(base_url=url),))}, {}, environ={})
+
+
+@pytest.mark.parametrize("url", ["http://me:hidden@h/v1", "http://h/v1?key=hidden", "http://h/v1#x"])
+def test_an_address_holds_no_key(url: str) -> None:
+    with pytest.raises(ConfigError, match="endpoint http://h/v1") as caught:
+        Router({"m": ModelConfig(endpoints=(Endpoint(base_url=url),))}, {}, environ={})
+    assert "hidden" not in str(caught.value)
 
 
 async def test_a_named_key_that_is_not_set_is_a_mistake_of_the_user() -> None:
@@ -271,12 +286,32 @@ async def test_what_one_endpoint_asks_for_is_waited_for_there_and_cools_nothing(
     assert max(reply.queue_s for reply in (waited, *others) if not reply.retries) < 0.5
 
 
+async def test_an_endpoint_that_asks_for_time_has_it_although_another_fails_meanwhile() -> None:
+    later = (429, {"message": "slow down"}, {"Retry-After": "1"})
+    async with (
+        serving(later, GOOD) as busy,
+        serving(BROKEN) as broken,
+        routed(busy.url, broken.url) as router,
+    ):
+        started = time.monotonic()
+        # Without a session, the first of those with as many open calls is asked first.
+        reply = await router.complete(replace(REQUEST, session=""))
+        waited_s = time.monotonic() - started
+    assert (reply.endpoint, reply.faults[:7]) == (busy.url, "429,500")
+    assert waited_s >= 1.0
+
+
 async def test_a_wait_that_does_not_fit_the_deadline_is_not_begun() -> None:
     later = (429, {"message": "slow down"}, {"Retry-After": "30"})
     async with serving(later) as server, routed(server.url, timeout_s=5.0) as router:
         with pytest.raises(EndpointError, match=r"within 5 s: .*HTTP 429: slow down"):
             await asyncio.wait_for(router.complete(REQUEST), 2)
     assert len(server.requests) == 1
+
+
+def test_tokens_that_a_service_counts_apart_make_no_call_cheaper_than_free() -> None:
+    model = ModelConfig(endpoints=(Endpoint(base_url="http://127.0.0.1:1/v1"),), price=PRICE)
+    assert chat.cost(Usage(10, 1, 1000), model) == pytest.approx((10 * 0.5 + 10.0) / 1e6)
 
 
 async def test_a_call_waits_for_a_slot_of_its_route_and_its_own_time_stands_still_meanwhile() -> None:
@@ -345,10 +380,10 @@ async def test_a_server_that_ignores_stream_is_understood() -> None:
 
 async def test_reasoning_is_no_part_of_the_answer_but_its_first_token_is_the_first() -> None:
     thought = [chunk({"reasoning_content": "hm"}), chunk({"reasoning": "hm"}), "hang"]
-    async with serving(thought) as server, routed(server.url, stall_s=0.2, timeout_s=0.4) as router:
+    async with serving(thought) as server, routed(server.url, stall_s=0.1) as router:
         with pytest.raises(EndpointError, match="stood still"):
             await router.complete(REQUEST)
-        assert router.slots[RouteKey("m", server.url)].take()[0].duration_s >= 0.2
+        assert router.slots[RouteKey("m", server.url)].take()[0].duration_s >= 0.1
     halves = [
         chunk({"reasoning": "hm"}),
         chunk({"content": "a\ud83d"}),

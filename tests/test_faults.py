@@ -44,6 +44,7 @@ def test_a_status_has_its_class_and_only_endpoint_errors_are_tried_again(
         ("-3", 0.0),
         ("nan", 0.0),
         ("soon", 0.0),
+        ("Wed, 21 Oct 99999 07:28:00 GMT", 0.0),
         ("", 0.0),
     ],
 )
@@ -87,6 +88,7 @@ def test_a_body_that_is_no_json_is_quoted_in_part() -> None:
         (Complaint("bad image", "400"), "400", Refusal),
         (Complaint("server_error", "server_error"), "error", EndpointError),
         (Complaint("no", "context_length_exceeded"), "error", ContextOverflow),
+        (Complaint("no", "content_filter"), "error", Refusal),
         (Complaint("code of no status", "7"), "error", EndpointError),
     ],
 )
