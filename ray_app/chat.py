@@ -12,7 +12,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -211,14 +211,18 @@ class Router:
                 return f"{route.url}: {found.problem}"
         return ""
 
-    async def examine(self, model: str, *, with_tools: bool = False) -> list[probing.Probe]:
-        """Ask every endpoint of `model` for its list and for a few tokens, which may cost something."""
+    async def examine(
+        self, model: str, *, with_tools: bool = False, leave_out: Collection[str] = ()
+    ) -> list[probing.Probe]:
+        """Ask every endpoint of `model`, but for the URLs to leave out, for its list and for a few tokens,
+        which may cost something."""
         http, config = self._connections.session(), self._models[model]
         sampling = Sampling(max_tokens=probing.TOOL_TOKENS if with_tools else probing.TOKENS)
         tools = (probing.TOOL,) if with_tools else ()
         request = ChatRequest(model, (Message("user", probing.QUESTION),), sampling, tools)
         body = _encoded(_body(request, config))
-        asked = (probing.examine(route, http, config, body, with_tools) for route in self._routes[model])
+        routes = [route for route in self._routes[model] if route.url not in leave_out]
+        asked = (probing.examine(route, http, config, body, with_tools) for route in routes)
         return list(await asyncio.gather(*asked))
 
     async def close(self) -> None:

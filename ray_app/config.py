@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, overload
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from ray_app.errors import ConfigError
 from ray_app.records import digest
@@ -47,8 +47,8 @@ class Section(BaseModel):
 class Adaptive(Section):
     """A limit of calls in flight that follows what the endpoint bears, over all workers of the run."""
 
-    start: int = Field(128, gt=0)
     max: int = Field(1024, gt=0)
+    start: int = Field(default_factory=lambda given: min(128, given["max"]), gt=0)
 
     @model_validator(mode="after")
     def _start_within(self) -> Adaptive:
@@ -57,13 +57,26 @@ class Adaptive(Section):
         return self
 
 
+def _limit_kind(value: object) -> str:
+    """Which of its forms a limit has, so that a mistake in it is told of that form alone."""
+    return "number" if isinstance(value, int) else "word" if isinstance(value, str) else "adaptive"
+
+
+Limit = Annotated[
+    Annotated[Literal["adaptive"], Tag("word")]
+    | Annotated[int, Field(gt=0), Tag("number")]
+    | Annotated[Adaptive, Tag("adaptive")],
+    Discriminator(_limit_kind),
+]
+
+
 class Endpoint(Section):
     """Where a model answers: a URL, or the name of an application in the Serve config."""
 
     base_url: str | None = None
     service: str | None = None
     api_key_env: str | None = Field(None, description="name of the variable that holds the key")
-    concurrency: Literal["adaptive"] | Annotated[int, Field(gt=0)] | Adaptive = Field(
+    concurrency: Limit = Field(
         "adaptive", description="calls in flight at once: adaptive, its start and max, or a fixed number"
     )
     metrics_url: str | None = Field(
@@ -298,6 +311,10 @@ class BaseRun(Section):
     def models_used(self) -> list[str]:
         """The models that calls can go to, each once."""
         return sorted(set(self.routes().values()))
+
+    def called(self) -> dict[str, ModelConfig]:
+        """The models in use; another one's key need not be there, nor its service."""
+        return {name: self.models[name] for name in self.models_used()}
 
     def unpriced(self) -> list[str]:
         """The models in use whose calls are counted as free for want of a price."""

@@ -297,7 +297,7 @@ class Bounded:
 def _bounded(job: Job, urls: Mapping[str, str], options: Options) -> Bounded:
     if job.replays is not None:  # it calls nobody
         return Bounded(Governor(workers=options.workers), EngineMetrics({}))
-    models = {name: job.config.models[name] for name in job.config.models_used()}
+    models = job.config.called()
     pages = ray_cluster.metrics_pages()
     metrics = EngineMetrics(route_limits.sources(models, urls, pages))
     limit_usd = job.config.limits.run_cost_usd

@@ -153,7 +153,7 @@ async def check_services(job: HleJob, service_urls: Mapping[str, str]) -> dict[s
     """
     from ray_app.retrieval.client import HandleRetriever  # imports ray; not needed to test a solver
 
-    await check_routes(job.config, Router(job.config.models, service_urls))
+    await check_routes(job.config, Router(job.config.called(), service_urls))
     settings = job.config.retriever
     if settings.url is not None:
         if problem := await services.probe(f"{settings.url}/health"):
@@ -278,7 +278,7 @@ class SolverInWorker:
     def __call__(self) -> HleSolver:
         from ray_app.retrieval.connect import connect  # imports ray; not needed to test a solver
 
-        router = Router(self.config.models, self.service_urls, environ=self.keys)
+        router = Router(self.config.called(), self.service_urls, environ=self.keys)
         source = connect(self.config.retriever)
         sandbox = sandbox_of(self.config, self.isolation)
         return make_solver(self.config, self.prompts, router, source, sandbox)

@@ -150,18 +150,18 @@ def _so_far(run_dir: Path) -> tuple[int, int, float]:
 async def _routes(job: Job) -> Probed:
     """Every route of the run with a probe; "(...)" marks what the job itself will start."""
     config, urls = job.config, job.serve_config.urls()
-    router = Router(config.models, urls)
+    router = Router(config.called(), urls)
     down = {
         name: await services.probe(f"{job.serve_config.root(name)}/health")
         for name in services.needed(config)
     }
     found: dict[str, list[Probe]] = {}
     for name in config.models_used():
-        waiting = [item.service for item in config.models[name].endpoints if down.get(item.service or "")]
-        if waiting:
-            found[name] = [Probe("", f"(service {waiting[0]} will be started)")]
-        else:
-            found[name] = await router.examine(name, with_tools=name == config.routes()["orchestrator"])
+        services_of = [item.service for item in config.models[name].endpoints if item.service]
+        waiting = {urls[service]: service for service in services_of if down.get(service)}
+        with_tools = name == config.routes()["orchestrator"]
+        found[name] = await router.examine(name, with_tools=with_tools, leave_out=waiting)
+        found[name] += [Probe(url, notes=(f"(service {it} will be started)",)) for url, it in waiting.items()]
     rows = [
         _row(_spoken(name), model, router.routes()[model], found[model])
         for name, model in config.routes().items()

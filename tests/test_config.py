@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from ray_app.chat import cost
-from ray_app.config import Price, RunConfig, differing_keys, load
+from ray_app.config import Adaptive, Price, RunConfig, differing_keys, load
 from ray_app.errors import ConfigError
 from ray_app.preview import caveats
 from ray_app.records import Usage
@@ -26,6 +26,11 @@ def test_the_environment_of_the_earlier_system_is_honoured_and_the_command_line_
     assert (config.dataset.path, config.run_name) == ("/data/x.jsonl", "night 1")
 
 
+def limited(concurrency: object) -> dict[str, object]:
+    endpoint = {"base_url": "http://h/v1", "concurrency": concurrency}
+    return {"models": {"baseline": {"endpoints": [endpoint]}}}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -35,6 +40,9 @@ def test_the_environment_of_the_earlier_system_is_honoured_and_the_command_line_
         ({"tools": {"serach": {}}}, "tools.serach"),
         ({"tools": {}}, "expected at least `answer`"),
         ({"models": {"baseline": {"endpoints": [{}]}}}, "exactly one of base_url and service"),
+        (limited("fast"), "concurrency.word: input should be 'adaptive', got 'fast'"),
+        (limited(0), "concurrency.number: input should be greater than 0, got 0"),
+        (limited({"start": 3000}), "expected start <= max, got 3000 > 1024"),
         (
             {
                 "models": {
@@ -52,6 +60,12 @@ def test_a_mistake_is_one_line_with_key_value_and_expectation(
         load(written(tmp_path, **changes), environ={})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_ceiling_alone_is_a_limit_that_starts_within_it(tmp_path: Path) -> None:
+    (endpoint,) = load(written(tmp_path, **limited({"max": 64})), environ={}).models["baseline"].endpoints
+    assert endpoint.concurrency == Adaptive(start=64, max=64)
+    assert Adaptive() == Adaptive(start=128, max=1024)
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from tests.model_server import chunk, serving, usage
 READY = {"index": 0, "id": "t", "function": {"name": "ready", "arguments": "{}"}}
 
 
-async def shown(folder: Path, model: dict[str, Any]) -> tuple[bool, str]:
-    """What `--plan` says of the sample config with `model` in place of its own."""
+async def shown(folder: Path, model: dict[str, Any], **others: Any) -> tuple[bool, str]:
+    """What `--plan` says of the sample config with `model` in place of its own, and `others` beside it."""
     sample = yaml.safe_load((ROOT / "configs" / "hle_sample.yaml").read_text())
-    (folder / "run.yaml").write_text(yaml.safe_dump(sample | {"models": {"baseline": model}}))
+    (folder / "run.yaml").write_text(yaml.safe_dump(sample | {"models": {"baseline": model, **others}}))
     job = read_job(load(folder / "run.yaml"), folder / "run")
     console = Console(file=io.StringIO(), width=200)
     is_complete = await asyncio.to_thread(
@@ -49,3 +49,19 @@ async def test_a_plan_shows_what_each_endpoint_can_do_and_what_asking_cost(
         assert not is_complete
         assert f"missing: orchestrator: {unable.url}: does not answer with tools: HTTP 400" in text
     assert len(unable.requests) == 1
+
+
+async def test_a_plan_asks_what_is_up_beside_what_will_be_started_and_nothing_that_no_call_goes_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOOLORCH_HOME", str(tmp_path / "home"))
+    denied = (401, {"message": "who are you"}, dict[str, str]())
+    unused = {"endpoints": [{"base_url": "http://127.0.0.1:1/v1", "api_key_env": "NO_SUCH_KEY"}]}
+    async with serving(denied, name="baseline") as server:
+        both = {"endpoints": [{"service": "baseline"}, {"base_url": server.url}]}
+        is_complete, text = await shown(tmp_path, both, unused=unused)
+    assert not is_complete and "HTTP 401: who are you" in text
+    (tmp_path / "run.yaml").unlink()
+    only = {"endpoints": [{"service": "baseline"}]}
+    is_complete, text = await shown(tmp_path, only)
+    assert is_complete and "(service baseline will be started)" in text

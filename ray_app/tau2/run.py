@@ -147,7 +147,7 @@ def _fingerprint(domain: Domain, *, is_solo: bool) -> list[Any]:
 
 async def check_services(job: Tau2Job, service_urls: Mapping[str, str]) -> dict[str, str]:
     """Ask every route, and the retriever where one is named, before anything is paid. Raises ConfigError."""
-    await check_routes(job.config, Router(job.config.models, service_urls))
+    await check_routes(job.config, Router(job.config.called(), service_urls))
     retriever = job.config.retriever
     if retriever is not None:
         await _check_retriever(job, retriever)
@@ -335,5 +335,5 @@ class SolverInWorker:
         for domain in domains.values():
             domain.environment()  # what it caches is loaded, and then left alone by the collector
         upstream.freeze()
-        router = Router(self.config.models, self.service_urls, environ=self.keys)
+        router = Router(self.config.called(), self.service_urls, environ=self.keys)
         return make_solver(self.config, self.prompts, router, domains)
