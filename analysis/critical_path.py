@@ -21,9 +21,10 @@ from analysis.numbers import quantiles
 from analysis.timing import MODEL_STAGES, stage_masks
 
 STAGE_NAMES = ("queue", *MODEL_STAGES[:-1], "environment", "retrieval", "web", "code", "judge", "other")
-COLUMNS = (*SPANS, *STAGES, "outcome", "call_seq")
+COLUMNS = (*SPANS, *STAGES, "outcome", "endpoint", "call_seq")
 DONE_AT = (0.5, 0.9, 0.95, 0.99, 1.0)
 SHOWN = 20
+END_SHARE = 0.05  # of the clock, at whose end the waits are asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,21 @@ class Phases:
     after: float
 
 
+@dataclass(frozen=True, slots=True)
+class TheEnd:
+    """The last END_SHARE of the time from first start to last end: what was under way in it.
+
+    `stages` are seconds of attempts within it, `routes` those of calls by model and address,
+    or by stage, the most first; `tasks` are the attempts that ran in it, the last to end first.
+    """
+
+    seconds: float
+    attempts: int
+    stages: dict[str, float]
+    routes: dict[str, float]
+    tasks: list[TaskPath]
+
+
 @dataclass(frozen=True)
 class Gantt:
     """What the timeline draws: attempts and calls as arrays, in seconds since the segment's start."""
@@ -68,6 +84,7 @@ class Gantt:
     workers: Sequence[str]
     worker_of: Ints
     call_attempt: Ints
+    call_row: Ints
     call_stage: Ints
     call_starts: Floats
     call_ends: Floats
@@ -99,6 +116,7 @@ class SegmentPath:
     chain: list[TaskPath]
     chain_gaps_s: float
     chain_stages: dict[str, float]
+    end: TheEnd
     slowest: list[TaskPath]
     gantt: Gantt = field(repr=False, compare=False)
 
@@ -155,6 +173,7 @@ def _segment(log: RunLog, epoch: int, shown: int) -> SegmentPath | None:
         for low, high in ((first, last_start), (last_start, last))
     ]
     done = quantiles(ends - first, DONE_AT).tolist()
+    gantt = _gantt(log, attempts, calls, zero, np.array(chained))
     return SegmentPath(
         epoch=epoch,
         attempts=len(starts),
@@ -172,8 +191,35 @@ def _segment(log: RunLog, epoch: int, shown: int) -> SegmentPath | None:
         chain=[_task(log, attempts, span) for span in chained],
         chain_gaps_s=sum(link.gap_s for link in links),
         chain_stages=_named(attempts.stages[chained].sum(0)),
+        end=_end(log, attempts, gantt, shown),
         slowest=[_task(log, attempts, span) for span in order],
-        gantt=_gantt(log, attempts, calls, zero, np.array(chained)),
+        gantt=gantt,
+    )
+
+
+def _end(log: RunLog, attempts: _Attempts, gantt: Gantt, shown: int) -> TheEnd:
+    last = float(attempts.ends.max())
+    low = last - END_SHARE * (last - float(attempts.starts.min()))
+    there = np.flatnonzero(attempts.ends > low)
+    whole = schedule.busy_s(attempts.starts, attempts.ends, low, last)
+    within = np.minimum(gantt.call_ends, last) - np.maximum(gantt.call_starts, low)
+    within = np.where(gantt.call_attempt >= 0, np.clip(within, 0.0, None), 0.0)
+    stages: Floats = np.bincount(gantt.call_stage, within, minlength=len(STAGE_NAMES)).astype(float)
+    stages[-1] = max(0.0, whole - float(stages[:-1].sum()))
+    routes: dict[str, float] = {}
+    models, endpoints = log.words("model"), log.words("endpoint")
+    for call in np.flatnonzero(within > 0).tolist():
+        row, stage = int(gantt.call_row[call]), STAGE_NAMES[int(gantt.call_stage[call])]
+        model, endpoint = (words.names[words.codes[row]] for words in (models, endpoints))
+        name = f"{model} at {endpoint}" if model and endpoint else model or stage
+        routes[name] = routes.get(name, 0.0) + float(within[call])
+    latest = there[np.argsort(-attempts.ends[there], kind="stable")][:shown].tolist()
+    return TheEnd(
+        seconds=last - low,
+        attempts=len(there),
+        stages=_named(stages),
+        routes=dict(sorted(routes.items(), key=lambda item: -item[1])),
+        tasks=[_task(log, attempts, span) for span in latest],
     )
 
 
@@ -256,7 +302,7 @@ def _named(values: Floats) -> dict[str, float]:
 
 def _gantt(log: RunLog, attempts: _Attempts, calls: Mask, zero: float, chained: Ints) -> Gantt:
     """Calls as spans of their stages; that of a model call begins with its wait in the queue."""
-    workers, parts = log.words("worker"), list[tuple[Ints, int, Floats, Floats]]()
+    workers, parts = log.words("worker"), list[tuple[Ints, Ints, int, Floats, Floats]]()
     queue = np.nan_to_num(log.numbers("queue_s"))
     for name, mask in stage_masks(log).items():
         rows = np.flatnonzero(mask & calls)
@@ -265,9 +311,9 @@ def _gantt(log: RunLog, attempts: _Attempts, calls: Mask, zero: float, chained: 
         of = attempts.of_row[rows]
         if name in MODEL_STAGES:
             served = np.minimum(begin + queue[rows], end)
-            parts.append((of, 0, begin, served))
+            parts.append((of, rows, 0, begin, served))
             begin = served
-        parts.append((of, STAGE_NAMES.index(name), begin, end))
+        parts.append((of, rows, STAGE_NAMES.index(name), begin, end))
     used = sorted({*attempts.worker.tolist()})
     names = [workers.names[code] if code >= 0 else "" for code in used]
     return Gantt(
@@ -276,9 +322,10 @@ def _gantt(log: RunLog, attempts: _Attempts, calls: Mask, zero: float, chained: 
         workers=names,
         worker_of=np.searchsorted(used, attempts.worker),
         call_attempt=np.concatenate([part[0] for part in parts]),
-        call_stage=np.concatenate([np.full(len(part[0]), part[1]) for part in parts]),
-        call_starts=np.concatenate([part[2] for part in parts]),
-        call_ends=np.concatenate([part[3] for part in parts]),
+        call_row=np.concatenate([part[1] for part in parts]),
+        call_stage=np.concatenate([np.full(len(part[0]), part[2]) for part in parts]),
+        call_starts=np.concatenate([part[3] for part in parts]),
+        call_ends=np.concatenate([part[4] for part in parts]),
         chain=chained,
     )
 

@@ -55,7 +55,19 @@ RESULTS = (
 )
 EVERY = tuple(
     dict.fromkeys(
-        (*BASE, *FACTS, *WORK, *STAGES, *SPANS, *RESULTS, "call_seq", "retries", "web_calls", "context_cut")
+        (
+            *BASE,
+            *FACTS,
+            *WORK,
+            *STAGES,
+            *SPANS,
+            *RESULTS,
+            "call_seq",
+            "retries",
+            "web_calls",
+            "context_cut",
+            "endpoint",
+        )
     )
 )
 _FEW = 256  # words whose codes are bytes: a mask of a million rows then takes a third of the time

@@ -57,8 +57,19 @@ def fact_rows(segment: SegmentPath) -> list[tuple[str, str]]:
             f"{plain(last.task_id, 60)}: {duration(last.total_s)}, ended "
             f"{duration(segment.straggler_s)} after the one before",
         ),
+        ("last 5% of the clock", _last(segment)),
         ("chain to the end", f"{len(segment.chain)} tasks, {duration(segment.chain_gaps_s)} between them"),
     ]
+
+
+def _last(segment: SegmentPath) -> str:
+    """What the end waited for, the most first."""
+    end = segment.end
+    stages = sorted(shares(end.stages).items(), key=lambda item: -item[1])
+    told = ", ".join(f"{name} {percent(share)}" for name, share in stages[:3] if share >= LEAST_SHARE)
+    calls = next(iter(end.routes), "")
+    most = f"; most on {plain(calls, 60)}" if calls else ""
+    return f"{duration(end.seconds)}, {number(end.attempts)} attempts in it: {told}{most}"
 
 
 def _of(seconds: float, whole: float) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from analysis.calibration import Calibration, calibration
+from analysis.foretold import Foretold, foretold
 from analysis.log import RESULTS, WORK, Mask, RunLog, counts
 from analysis.numbers import Accounting, Counted, Interval, accounting, wald_interval, wilson_interval
 from analysis.spending import COLUMNS as SPENDING
@@ -116,6 +117,7 @@ class RunSummary:
     segments: list[Segment]
     spending: list[SpendRow]
     task_cost: TaskCost
+    foretold: list[Foretold]
     notes: list[str]
 
 
@@ -140,6 +142,7 @@ def summarise(log: RunLog) -> RunSummary:
         segments=segments,
         spending=spending(log),
         task_cost=task_cost(results),
+        foretold=foretold(log),
         notes=notes,
     )
 

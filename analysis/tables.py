@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.duration import Duration
+from analysis.foretold import Foretold
 from analysis.numbers import PERCENTILES, Histogram, Interval
 from analysis.report import sentence
 from analysis.spending import SpendRow, TaskCost
@@ -49,6 +50,8 @@ def summary_page(run: RunSummary) -> RenderableType:
         parts.append(_segments(run.segments))
     if run.totals.cost_usd:
         parts.append(_spending(run.spending))
+    if run.foretold:
+        parts.append(_foretold(run.foretold))
     parts += [Text(f"Note: {plain(note, 200)}", style="yellow") for note in run.notes]
     return Group(*parts)
 
@@ -127,7 +130,11 @@ def _overview(run: RunSummary) -> Table:
 def overview_rows(run: RunSummary) -> list[tuple[str, str]]:
     """The run in names and values: where its tasks are, how right, how sure, how long, how dear."""
     account, totals = run.accounting, run.totals
-    facts = [(name, plain(value, 100)) for name, value in run.facts.items() if value and name != "planned"]
+    facts = [
+        (name, plain(value, 100))
+        for name, value in run.facts.items()
+        if value and name not in ("planned", "forecast")
+    ]
     parts = [f"{getattr(account, name)} {name}" for name in ("ok", "failed", "limited", "owed", "pending")]
     return [
         ("state", run.state + (f", {totals.epochs} segments" if totals.epochs > 1 else "")),
@@ -150,6 +157,23 @@ def overview_rows(run: RunSummary) -> list[tuple[str, str]]:
         ("model calls", f"{number(totals.model_calls)} ({totals.repeated_calls} repeated)"),
         ("retries", number(totals.retries)),
     ]
+
+
+def _foretold(found: Sequence[Foretold]) -> Table:
+    table = table_of(
+        "Foretold, with 90% intervals, and what came",
+        ["segment"],
+        ["tasks", "wall clock", "from", "to", "came", "cost", "from", "to", "came"],
+    )
+    for row in found:
+        came_s, came_usd = row.actual_wall_s, row.actual_cost_usd
+        wall = [duration(row.wall_s[place]) for place in (1, 0, 2)]
+        cost = [usd(row.cost_usd[place]) for place in (1, 0, 2)]
+        wall.append(DASH if came_s is None else duration(came_s))
+        cost.append(DASH if came_usd is None else usd(came_usd))
+        tasks = number(row.left) if row.done >= row.left else f"{row.done} of {row.left} done"
+        add_row(table, [str(row.epoch), tasks, *wall, *cost])
+    return table
 
 
 def _judged(run: RunSummary) -> str:

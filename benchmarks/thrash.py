@@ -7,7 +7,7 @@ import heapq
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -100,9 +100,11 @@ class VirtualEngine:
         self.open: list[tuple[float, float, float]] = []  # (service at its end, began, work)
         self.pace, self.pace_until = 1.0, 0.0
 
-    def begin(self) -> None:
+    def begin(self) -> float:
+        """A call begins; the work that it is."""
         work = self.rng.lognormvariate(-(self.tail**2) / 2, self.tail)
         heapq.heappush(self.open, (self.service + work, self.now, work))
+        return work
 
     def run(self, until: float) -> list[tuple[float, float]]:
         """Advance to the next end of a call or to `until`; (duration, work) of what ended."""
@@ -162,3 +164,64 @@ def simulate(
             samples = []
             tick += 1.0
     return Yield(ended, works, limits)
+
+
+class Shared(NamedTuple):
+    """Of runs that share an endpoint, over the second half of their calls: shares of the work, its rate."""
+
+    shares: Sequence[float]
+    rate: float
+    refused: int
+
+
+@dataclass
+class _Run:
+    controller: Controller
+    open: int = 0
+    samples: list[Sample] = field(default_factory=list)
+
+
+def shared(
+    curve: Curve,
+    starts: Sequence[int],
+    calls: int,
+    *,
+    seed: int = 0,
+    tail: float = 1.0,
+    drift: float = 0.05,
+    capacity: int | None = None,
+) -> Shared:
+    """Runs that know nothing of each other, each with a controller of its own and callers without end.
+
+    Beyond `capacity` calls open in all, one more is refused at once.
+    """
+    engine = VirtualEngine(curve, random.Random(seed), tail, drift)
+    lot = random.Random(seed)
+    runs = [_Run(Controller(Bounds(start=start, most=MOST))) for start in starts]
+    owners: dict[float, _Run] = {}  # by the work of a call, of which no two are equal
+    done: list[tuple[float, float, int]] = []
+    refused, tick = 0, 1.0
+    while len(done) < calls:
+        hungry = [run for run in runs if run.open < run.controller.limit]
+        while hungry and (capacity is None or len(engine.open) < capacity):
+            run = lot.choice(hungry)
+            owners[engine.begin()] = run
+            run.open += 1
+            hungry = [one for one in hungry if one.open < one.controller.limit]
+        for duration, work in engine.run(tick):
+            run = owners.pop(work)
+            run.open -= 1
+            run.samples.append(Sample("ok", duration, completion_tokens=round(work * 500)))
+            done.append((engine.now, work, runs.index(run)))
+        if engine.now >= tick:
+            for run in runs:
+                if capacity is not None and run.open < run.controller.limit:
+                    run.samples.append(Sample("congested", 0.0))
+                    refused += 1
+                run.controller.observe(Observation(engine.now, run.samples, run.open, MOST))
+                run.samples = []
+            tick += 1.0
+    late = done[calls // 2 :]
+    whole = sum(work for _, work, _ in late)
+    shares = [sum(work for _, work, owner in late if owner == n) / whole for n in range(len(runs))]
+    return Shared(shares, whole / (late[-1][0] - late[0][0]), refused)

@@ -25,13 +25,17 @@ from ray_app import driver, object_store, preview
 from ray_app.config import load
 from ray_app.errors import ConfigError, EvalError
 from ray_app.hle import HleJob, ReplayInWorker, SolverInWorker, check_services, read_job, read_replay
+from ray_app.job_options import with_tasks
+from ray_app.ordering import NOTHING_ASKED, Asked
 from ray_app.recording import Recording
 from ray_app.worker import SolverFactory
 
 SAMPLE = ROOT / "configs" / "hle_sample.yaml"
 
 
+@with_tasks
 def main(
+    tasks: Asked,
     config: Annotated[
         Path | None,
         typer.Option(help="Run config (YAML). Default: configs/hle_sample.yaml; of a replay, the run's own."),
@@ -68,21 +72,22 @@ def main(
     console, retry_failed = driver.make_console(), retry == "failed"
     try:
         if replay is not None:
-            if plan or adopt is not None or fresh or retry == "failed":
+            if plan or adopt is not None or fresh or retry == "failed" or tasks != NOTHING_ASKED:
                 raise ConfigError("--replay: goes with --config, --set, --run-dir and --json only")
             job, solver_for = _replay(replay, config, set_ or (), run_dir)
             check = partial(check_services, job)
             command = driver.Command(console, solver_for, check, json_path=json)
             raise typer.Exit(driver.carry_out(job, command))
-        job = read_job(load(config or SAMPLE, set_ or ()), run_dir)
+        job = read_job(load(config or SAMPLE, [*(set_ or ()), *tasks.overrides]), run_dir, tasks)
         if plan:
-            is_complete = preview.show(job, driver.make_plan(job, retry_failed=retry_failed), console)
+            work = driver.make_plan(job, retry_failed=retry_failed, asked=tasks)
+            is_complete = preview.show(job, work, console, tasks)
             raise typer.Exit(0 if is_complete else 2)
         if adopt is not None:
             console.print(driver.adopt(job, adoption.read_results(adopt, job.tasks_by_id)), highlight=False)
         solver_for = partial(SolverInWorker, job.config, job.prompts, job.isolation, job.keys())
         check = partial(check_services, job)
-        command = driver.Command(console, solver_for, check, fresh, retry_failed, json, pictures)
+        command = driver.Command(console, solver_for, check, fresh, retry_failed, json, pictures, tasks)
         raise typer.Exit(driver.carry_out(job, command))
     except EvalError as error:
         raise typer.Exit(driver.report_error(error, console)) from None

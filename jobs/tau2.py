@@ -23,12 +23,16 @@ import typer
 from ray_app import driver, preview
 from ray_app.config import load
 from ray_app.errors import EvalError
+from ray_app.job_options import with_tasks
+from ray_app.ordering import Asked
 from ray_app.tau2.closing import close
 from ray_app.tau2.config import Tau2Config
 from ray_app.tau2.run import SolverInWorker, check_services, read_job
 
 
+@with_tasks
 def main(
+    tasks: Asked,
     config: Annotated[Path, typer.Option(help="Run config (YAML).")] = ROOT / "configs" / "tau2_sample.yaml",
     domain: Annotated[
         list[str] | None, typer.Option(help="Run this domain, and not the config's; may be repeated.")
@@ -54,13 +58,16 @@ def main(
     console, retry_failed = driver.make_console(), retry == "failed"
     chosen = [f"domains=[{', '.join(domain)}]"] if domain else []
     try:
-        job = read_job(load(config, [*(set_ or ()), *chosen], kind=Tau2Config), run_dir)
+        job = read_job(
+            load(config, [*(set_ or ()), *chosen, *tasks.overrides], kind=Tau2Config), run_dir, tasks
+        )
         if plan:
-            is_complete = preview.show(job, driver.make_plan(job, retry_failed=retry_failed), console)
+            work = driver.make_plan(job, retry_failed=retry_failed, asked=tasks)
+            is_complete = preview.show(job, work, console, tasks)
             raise typer.Exit(0 if is_complete else 2)
         solver_for = partial(SolverInWorker, job.config, job.prompts, job.data_folder, job.keys())
         check = partial(check_services, job)
-        command = driver.Command(console, solver_for, check, fresh, retry_failed, json, pictures)
+        command = driver.Command(console, solver_for, check, fresh, retry_failed, json, pictures, tasks)
         exit_code = driver.carry_out(job, command)
         close(job, command)
         raise typer.Exit(exit_code)

@@ -29,6 +29,7 @@ from ray_app import (
     events,
     lease,
     object_store,
+    outlook,
     planning,
     pulse,
     ray_cluster,
@@ -46,6 +47,7 @@ from ray_app.errors import ConfigError, EvalError, StorageError, UserError
 from ray_app.event_writer import EventWriter
 from ray_app.governor import Governor, Policy
 from ray_app.options import Options
+from ray_app.ordering import NOTHING_ASKED, Asked
 from ray_app.progress import Display
 from ray_app.prompting import Prompts
 from ray_app.recording import Recording
@@ -139,6 +141,7 @@ class Command:
     retry_failed: bool = False
     json_path: Path | None = None
     with_pictures: bool = True
+    asked: Asked = NOTHING_ASKED
 
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -151,13 +154,14 @@ class Ending:
     tally: planning.Tally
     epoch: int
     stopped_by: int | None = None
+    later: int = 0  # tasks that this command was not to do
 
     @property
     def exit_code(self) -> int:
         if self.stopped_by is not None:
             return 128 + self.stopped_by
         counts = self.tally.counts
-        return 1 if counts["failed"] or self.tally.pending else 3 if counts["owed"] else 0
+        return 1 if counts["failed"] or self.tally.pending > self.later else 3 if counts["owed"] else 0
 
 
 class Stopped(BaseException):
@@ -178,13 +182,13 @@ async def check_routes(config: BaseRun, router: Router) -> None:
         await router.close()
 
 
-def make_plan(job: Job, *, retry_failed: bool) -> planning.Plan:
-    """What the run directory leaves to do; everything, where there is none yet."""
+def make_plan(job: Job, *, retry_failed: bool, asked: Asked = NOTHING_ASKED) -> planning.Plan:
+    """What the run directory leaves to do, in its order; everything, where there is none yet."""
     has_run = rundir.check_resumable(job.run_dir, job.config, job.identity)
     results = events.results(job.run_dir).to_pylist() if has_run and (job.run_dir / "log").exists() else []
     work = planning.plan(job.tasks, job.config.trials, results, retry_failed=retry_failed)
     if job.replays is None:
-        return work
+        return outlook.arranged(job, work, results, asked)
     known = job.replays.results
     return replace(work, items=tuple(item for item in work.items if item.key in known))
 
@@ -203,17 +207,20 @@ def carry_out(job: Job, command: Command) -> int:
                 f"{object_store.place(job.run_dir)}: this store has no conditional put, so two drivers that "
                 "start at the same moment may both run for a while; what they commit is still counted once"
             )
-        work = make_plan(job, retry_failed=command.retry_failed)
+        work = make_plan(job, retry_failed=command.retry_failed, asked=command.asked)
         if work.items:
             with signals_raise():
                 ending = _run(job, work, command, held)
         else:
-            command.say(f"Nothing left to run: {work.kept.line()}. No model is called.")
-            ending = Ending(work.kept, held.epoch)
+            of = " of the pilot" if work.later else ""
+            command.say(f"Nothing left to run{of}: {work.kept.line()}. No model is called.")
+            ending = Ending(work.kept, held.epoch, later=len(work.later))
         # The lease is held to the end: a log may be compacted only while nobody else writes to it.
         if job.replays is not None:
             return finish_replay(job, job.replays, ending, command)
         finish(job, ending, command)
+        if command.asked.pilot is not None:
+            _tell_of_pilot(job, ending, command)
     return ending.exit_code
 
 
@@ -372,7 +379,11 @@ async def _drive(
     )
     rundir.write_json(job.run_dir / "provenance.json", record | rundir.provenance())
     object_store.push(job.run_dir, ["provenance.json"])
-    log.append(_mark("run_start", options, json.dumps(job.facts())))
+    foretold = outlook.outlook(job, work, command.asked)
+    told = {"forecast": foretold.content()} if foretold and not work.later else {}
+    log.append(_mark("run_start", options, json.dumps(job.facts() | told)))
+    for line in foretold.lines() if told and foretold else ():
+        command.say(line)
     display = Display(work.kept, marker=job.config.benchmark.upper(), console=command.console)
     for task_id in _skipped(job, work):
         display.skipped(task_id)
@@ -409,7 +420,8 @@ async def _drive(
             f"limits.run_cost_usd: ${governor.spent_usd:.4f} of ${job.config.limits.run_cost_usd:g} spent; "
             "nothing more was called, and what is pending goes on with a higher limit and the same command"
         )
-    return Ending(tally, options.epoch, caught[0] if caught and tally.pending else None)
+    stopped_by = caught[0] if caught and tally.pending > len(work.later) else None
+    return Ending(tally, options.epoch, stopped_by, len(work.later))
 
 
 def _on_signal(number: int, caught: list[int], stop: asyncio.Event, command: Command) -> None:
@@ -445,7 +457,7 @@ def _mark(kind: EventKind, options: Options, detail: str) -> Event:
 
 
 def _skipped(job: Job, work: planning.Plan) -> list[str]:
-    left = {item.key for item in work.items}
+    left = {item.key for item in work.left}
     trials = range(job.config.trials)
     return [task.task_id for trial in trials for task in job.tasks if (task.rollout_key, trial) not in left]
 
@@ -475,6 +487,20 @@ def finish(job: Job, ending: Ending, command: Command) -> None:
     object_store.push(job.run_dir, ["summary.json", "analysis", "logs"])
     if command.json_path is not None:
         rundir.write_json(command.json_path, figures)
+
+
+def _tell_of_pilot(job: Job, ending: Ending, command: Command) -> None:
+    """What the rest will take and cost, and how to go on."""
+    if ending.stopped_by is not None or ending.tally.pending > ending.later:
+        command.say("The pilot is not complete; the same command goes on with it")
+        return
+    left = make_plan(job, retry_failed=False, asked=replace(command.asked, pilot=None))
+    for line in outlook.page(job, left, command.asked):
+        command.say(line)
+    command.say(
+        f"Pilot done: {ending.later:,} of {ending.tally.planned:,} tasks are left. The same command with "
+        "--plan in place of --pilot shows this again; without either it goes on with the rest"
+    )
 
 
 def finish_replay(job: Job, recorded: Recording, ending: Ending, command: Command) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ray_app import judge, object_store, rundir, services
+from ray_app import judge, object_store, ordering, rundir, services
 from ray_app.agent import Agent
 from ray_app.budgets import in_time
 from ray_app.chat import ChatClient, ChatRequest, Router
@@ -28,6 +28,7 @@ from ray_app.errors import (
     RunDirError,
 )
 from ray_app.journal import Journal
+from ray_app.ordering import NOTHING_ASKED, Asked
 from ray_app.prompting import Prompts, load_prompts
 from ray_app.recording import Recording
 from ray_app.records import ChatReply, ExecutionResult, Retrieval, Task, Verdict, digest
@@ -77,16 +78,17 @@ class HleJob(Job):
         return f"{held}; NOT ISOLATED: {' '.join(missing)}" if missing else held
 
 
-def read_job(config: RunConfig, run_dir: Path | None) -> HleJob:
+def read_job(config: RunConfig, run_dir: Path | None, asked: Asked = NOTHING_ASKED) -> HleJob:
     """Everything that can be checked before anything starts. Raises UserError with one line."""
     serve_config = services.read_serve_config(config.services)
     services.check(serve_config, services.needed(config))
     for model in config.models.values():
         counter(model.tokenizer)  # one that is missing shows here, and not in every worker
-    data, prompts = read_tasks(config.dataset), load_prompts(config.prompts)
+    whole, prompts = read_tasks(config.dataset), load_prompts(config.prompts)
+    data = ordering.choose(whole, asked)
     identity = {"prompt_digest": prompts.digest, "tasks_digest": data.digest}
-    asked = None if run_dir is None else object_store.local(run_dir)
-    path = rundir.locate(config, identity, asked)
+    identity |= ordering.identity(whole, data)
+    path = rundir.locate(config, identity, None if run_dir is None else object_store.local(run_dir))
     isolation = _isolation(config)
     return HleJob(config, data, prompts, identity, path, serve_config, isolation=isolation)
 

@@ -48,14 +48,23 @@ class Tally:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is left to do, and what the log already counts."""
+    """What is left to do, and what the log already counts.
+
+    `later` is what is left for another command.
+    """
 
     items: tuple[WorkItem, ...]
     kept: Tally
+    later: tuple[WorkItem, ...] = ()
+
+    @property
+    def left(self) -> tuple[WorkItem, ...]:
+        """All that is not counted yet."""
+        return self.items + self.later
 
     @property
     def skipped(self) -> int:
-        return self.kept.planned - len(self.items)
+        return self.kept.planned - len(self.left)
 
 
 def plan(

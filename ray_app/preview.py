@@ -15,10 +15,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ray_app import events, object_store, planning, services
+from ray_app import events, object_store, outlook, planning, services
 from ray_app.chat import Router, cost
 from ray_app.config import BaseRun
 from ray_app.driver import Job
+from ray_app.ordering import NOTHING_ASKED, Asked
 from ray_app.probe import Probe
 from ray_app.records import Usage
 
@@ -63,13 +64,13 @@ class Probed:
         return f"Nothing was started or paid.{used}"
 
 
-def show(job: Job, work: planning.Plan, console: Console) -> bool:
+def show(job: Job, work: planning.Plan, console: Console, asked: Asked = NOTHING_ASKED) -> bool:
     """Print the plan. Returns whether everything that the run needs is there or can be started."""
     owed = _outcomes(job.run_dir).get("owed", 0)
     console.print(f"Run directory: {object_store.place(job.run_dir)}", soft_wrap=True, highlight=False)
     console.print(
         f"Tasks: {len(work.items)} to run ({owed} of them owed a verdict only), "
-        f"{work.skipped} skipped as done; {work.kept.line()}",
+        f"{work.skipped} skipped as done{_later(work)}; {work.kept.line()}",
         soft_wrap=True,
         highlight=False,
     )
@@ -81,6 +82,8 @@ def show(job: Job, work: planning.Plan, console: Console) -> bool:
         f"Expected: about {estimate.calls:,.0f} model calls, ${estimate.cost_usd:,.2f} ({estimate.basis})",
         highlight=False,
     )
+    for line in outlook.page(job, work, asked):
+        console.print(line, markup=False, soft_wrap=True, highlight=False)
     for line in caveats(job.config):
         console.print(line, style="yellow", markup=False, soft_wrap=True, highlight=False)
     problems = [
@@ -90,6 +93,10 @@ def show(job: Job, work: planning.Plan, console: Console) -> bool:
         console.print(f"missing: {problem}", style="red", markup=False, soft_wrap=True, highlight=False)
     console.print(probed.line, soft_wrap=True, highlight=False)
     return not problems
+
+
+def _later(work: planning.Plan) -> str:
+    return f", {len(work.later)} left for after the pilot" if work.later else ""
 
 
 def caveats(config: BaseRun) -> list[str]:

@@ -16,13 +16,13 @@ from ray_app.slots import RouteKey
 def bounds(models: Mapping[str, ModelConfig], service_urls: Mapping[str, str]) -> dict[RouteKey, Bounds]:
     """The bounds of each route; a fixed limit is a start that is floor and ceiling too."""
     return {
-        RouteKey(name, endpoint_url(endpoint, service_urls)): _bounds(endpoint)
+        RouteKey(name, endpoint_url(endpoint, service_urls)): endpoint_bounds(endpoint)
         for name, model in models.items()
         for endpoint in model.endpoints
     }
 
 
-def _bounds(endpoint: Endpoint) -> Bounds:
+def endpoint_bounds(endpoint: Endpoint) -> Bounds:
     wanted = endpoint.concurrency
     if isinstance(wanted, int):
         return Bounds(wanted, wanted, wanted)

@@ -126,7 +126,7 @@ function taskRow(task, at) {
     grouped(T.turns[task]), span(said(T.took[task], TICK_S)), usd(said(T.cost[task], TICK_USD)), T.prompt[task] < 0 ? DASH : grouped(T.prompt[task] + Math.max(0, T.completion[task])),
     plain(T.models[task].map(word).join(", "))];
   const looks = HEADS.map(([, look]) => look);
-  const made = node("div", { class: "row", role: "row", id: `row-${at}`, "aria-rowindex": at + 2, "aria-selected": at === view.selected, style: { top: `${at * ROW}px` },
+  const made = node("div", { class: "row", role: "row", id: `row-${at}`, "aria-rowindex": at + 2, "aria-selected": String(at === view.selected), style: { top: `${at * ROW}px` },
     on: { click: () => { select(at); go(`#/task/${task}`); } } },
     values.map((value, column) => node("span", { role: "gridcell", class: [looks[column], column === 1 ? "id" : "", column === 2 ? TONE[state] : ""].filter(Boolean).join(" ") || null, title: column === 1 || column === 9 ? value : null }, value)));
   return made;

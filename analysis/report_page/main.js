@@ -71,8 +71,10 @@ async function render() {
   document.documentElement.dataset.shown = current;
 }
 
+// At once: a key that follows must find the page that this one asked for.
 function go(hash) {
-  if (location.hash === hash) render(); else location.hash = hash;
+  if (location.hash !== hash) history.pushState(null, "", hash);
+  render();
 }
 
 function neighbour(by) {
@@ -97,7 +99,7 @@ function keyed(event) {
     byId("grid")?.focus();
   } else if (target.matches("select")) return;
   else if (key === "?") openHelp();
-  else if (key === "/") { if (!inTasks) go("#/tasks"); setTimeout(() => { byId("search")?.focus(); byId("search")?.select(); }, inTasks ? 0 : 60); }
+  else if (key === "/") { if (!inTasks) go("#/tasks"); byId("search").focus(); byId("search").select(); }
   else if (/^[1-5]$/.test(key)) go(`#/${PAGES[Number(key) - 1][0]}`);
   else if (inTasks && key in MOVES && COUNT) select(view.selected + MOVES[key]);
   else if (inTasks && key === "Enter" && !target.matches("a, button, summary") && view.order.length) go(`#/task/${view.order[view.selected]}`);

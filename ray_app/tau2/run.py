@@ -16,7 +16,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from ray_app import object_store, rundir, services
+from ray_app import object_store, ordering, rundir, services
 from ray_app.budgets import check_spent, in_time
 from ray_app.chat import ChatClient, Router
 from ray_app.config import Retriever, Sampling
@@ -24,6 +24,7 @@ from ray_app.dataset import TaskSet
 from ray_app.driver import Job, check_routes
 from ray_app.errors import ConfigError, EvalError, LimitReached
 from ray_app.journal import Journal
+from ray_app.ordering import NOTHING_ASKED, Asked
 from ray_app.prompting import Prompts, load_prompts
 from ray_app.records import ChatReply, Message, Task, Verdict, digest
 from ray_app.tau2 import upstream
@@ -79,7 +80,7 @@ class Tau2Job(Job):
         return f"Domains: {', '.join(counts)} (split {self.config.split})"
 
 
-def read_job(config: Tau2Config, run_dir: Path | None) -> Tau2Job:
+def read_job(config: Tau2Config, run_dir: Path | None, asked: Asked = NOTHING_ASKED) -> Tau2Job:
     """Everything that can be checked before anything starts. Raises UserError with one line."""
     serve_config = services.read_serve_config(config.services)
     services.check(serve_config, services.needed(config))
@@ -88,14 +89,15 @@ def read_job(config: Tau2Config, run_dir: Path | None) -> Tau2Job:
     folder = upstream.data_folder()
     prompts = load_prompts(config.prompts, PROMPTS)
     domains = load_domains(config, prompts, folder)
-    data = read_tasks(config, domains)
+    whole = read_tasks(config, domains)
+    data = ordering.choose(whole, asked)
     identity = {
         "prompt_digest": prompts.digest,
         "tasks_digest": data.digest,
+        **ordering.identity(whole, data),
         "domains_digest": digest([_fingerprint(domain, is_solo=config.solo) for domain in domains.values()]),
     }
-    asked = None if run_dir is None else object_store.local(run_dir)
-    path = rundir.locate(config, identity, asked)
+    path = rundir.locate(config, identity, None if run_dir is None else object_store.local(run_dir))
     return Tau2Job(config, data, prompts, identity, path, serve_config, data_folder=folder)
 
 

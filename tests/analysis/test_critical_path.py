@@ -69,6 +69,22 @@ def test_the_clock_the_slots_and_the_chain(tmp_path: Path) -> None:
     assert [task.task_id for task in found.slowest] == ["d", "b", "a", "c"]
 
 
+def test_what_the_last_twentieth_of_the_clock_waited_for(tmp_path: Path) -> None:
+    at = {"at_s": 17.0, "model": "m", "endpoint": "http://e"}
+    rows = [
+        START,
+        *attempt("a", 1, 5),
+        *attempt("b", 1, 21, model_call("expert", 3.0, queue_s=2.5, **at), worker="w2"),
+        *attempt("c", 5, 20.4, event("code", at_s=14.0, duration_s=1.2)),
+    ]
+    end = segment_of(tmp_path, rows).end
+    assert (end.seconds, end.attempts) == pytest.approx((1.0, 2))
+    assert [task.task_id for task in end.tasks] == ["b", "c"]
+    used = {stage: seconds for stage, seconds in end.stages.items() if seconds > 1e-6}
+    assert used == pytest.approx({"queue": 0.5, "expert": 0.5, "code": 0.2, "other": 0.2}, abs=1e-5)
+    assert end.routes == pytest.approx({"m at http://e": 1.0, "code": 0.2}, abs=1e-5)
+
+
 def test_a_tasks_stages_are_disjoint_and_add_up(tmp_path: Path) -> None:
     tasks = {task.task_id: task for task in segment_of(tmp_path, two_slots()).slowest}
     expected = {

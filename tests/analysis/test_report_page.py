@@ -132,7 +132,7 @@ def test_lists_and_tables_sort_and_filter(opened: Open, whole: Path) -> None:
     page.locator("#filter-model").select_option("qwen")
     page.get_by_role("button", name="Reset").click()
     expect(page.locator("#count")).to_have_text(f"{TASKS} of {TASKS} tasks")
-    go(page, "3", until="usage")
+    go(page, "Escape", "3", until="usage")
     model = page.locator("section", has_text="By tool and model").locator("tbody td:nth-child(2)")
     calls = page.locator("section", has_text="By tool and model").locator("tbody td:nth-child(3)")
     page.locator("section", has_text="By tool and model").get_by_role("button", name="calls").click()

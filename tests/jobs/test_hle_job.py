@@ -138,6 +138,29 @@ def test_a_run_is_replayed_without_services_and_another_prompt_is_found_out(
     assert all(one["recorded"].startswith(expected) for one in told["diverged"])
 
 
+def test_a_pilot_counts_foretells_the_rest_and_the_plain_command_goes_on_with_it(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    run_dir, out = tmp_path / "run", tmp_path / "figures.json"
+    arguments = ("--run-dir", str(run_dir), "--json", str(out), "--limit", "24")
+    job = cluster.job(*arguments, "--pilot", "9")
+    output, told = finished(job), figures(out)
+    assert (job.returncode, told["ok"], told["pending"]) == (0, 9, 15), output
+    assert "Forecast (90% intervals, from 9 finished tasks of this run)" in output
+    assert "Bottleneck so far: " in output and "At n=24 " in output and "Pilot done: 15 of 24" in output
+    sample = set(counted(run_dir))
+
+    output = finished(cluster.job("--run-dir", str(run_dir)))
+    assert "tasks_chosen ('24 of 60' there, None now)" in output, "all tasks would be another run"
+    planned = finished(cluster.job(*arguments, "--plan"))
+    assert "15 to run" in planned and "from 9 finished tasks of this run" in planned
+
+    output, told = finished(cluster.job(*arguments)), figures(out)
+    assert (told["ok"], told["pending"], told["exit_code"]) == (24, 0, 0), output
+    assert sample < set(counted(run_dir)) and len(counted(run_dir)) == 24
+    assert "Foretold" in output, "beside what came"
+
+
 def verdicts(run_dir: Path) -> dict[str, bool]:
     return {row["task_id"]: row["is_correct"] for row in events.results(run_dir).to_pylist()}
 

@@ -101,6 +101,12 @@ def test_another_config_and_another_driver_are_refused_by_name(tmp_path: Path) -
     rundir.open_run(run_dir, job.config, job.identity)
     other = run("--run-dir", str(run_dir), "--set", "limits.max_rounds=7")
     assert other.exit_code == 2 and "limits.max_rounds (10 there, 7 now)" in other.output
+    fewer = run("--run-dir", str(run_dir), "--limit", "7", "--shuffle")
+    assert fewer.exit_code == 2 and "tasks_chosen (None there, '7 of 60' now)" in fewer.output
+    unknown = run("--run-dir", str(run_dir), "--ids", "nobody")
+    assert unknown.exit_code == 2 and "--ids: 1 of 1 are not among the 60 tasks: 'nobody'" in unknown.output
+    nowhere = run("--run-dir", str(run_dir), "--durations-from", str(tmp_path / "none"))
+    assert nowhere.exit_code == 2 and "expected a run with results in its log" in nowhere.output
     held = lease.take(run_dir)
     busy = run("--run-dir", str(run_dir))
     held.release()
@@ -130,6 +136,15 @@ def test_a_plan_with_services_that_the_job_would_start_is_complete(tmp_path: Pat
     result = run("--plan", "--set", f"services={_free_port_config(tmp_path)}")
     assert result.exit_code == 0
     assert "will be started" in result.output
+
+
+def test_the_plan_of_a_pilot_of_chosen_tasks_counts_what_is_left_for_later(tmp_path: Path) -> None:
+    chosen = ("--limit", "20", "--trials", "2", "--pilot", "6")
+    result = run("--plan", "--set", f"services={_free_port_config(tmp_path)}", *chosen)
+    assert result.exit_code == 0, result.output
+    assert "Tasks: 6 to run" in result.output and "34 left for after the pilot" in result.output
+    assert "40 left out: not chosen (--limit, --ids)" in result.output
+    assert "At n=20 a difference under " in result.output
 
 
 def _free_port_config(tmp_path: Path) -> Path:
