@@ -108,14 +108,16 @@ class Governor:
         self._shares.pop(worker, None)
 
     def grant(self, worker: str) -> Grant:
-        """What `worker` may do until it is heard of again. One that is new starts with an even share."""
+        """What `worker` may do until it is heard of again. One that is new starts with an even share, as far
+        as the others have left it."""
         if worker not in self._shares:
-            workers = max(self._workers, len(self._reports))
-            limits = {key: route.controller.limit for key, route in self._routes.items()}
-            self._shares[worker] = {
-                key: Share(max(1, limit // workers), alone(limit, workers)) for key, limit in limits.items()
-            }
+            self._shares[worker] = {key: self._first(key, limit) for key, limit in self.limits().items()}
         return Grant(dict(self._shares[worker]), self.may_spend)
+
+    def _first(self, key: RouteKey, limit: int) -> Share:
+        workers = max(self._workers, len(self._reports))
+        left = limit - sum(shares[key].now for shares in self._shares.values() if key in shares)
+        return Share(max(0, min(max(1, limit // workers), left)), alone(limit, workers))
 
     def tick(self) -> list[Event]:
         """Once an interval: limits and shares anew. What has changed, as events."""

@@ -65,7 +65,9 @@ def split(limit: int, demands: Sequence[int], turn: int = 0) -> list[int]:
         return shares
     order = sorted(range(len(demands)), key=lambda i: (i - turn) % len(demands))
     left = limit
-    wanting = sorted((i for i in order if demands[i] > 0), key=lambda i: demands[i])
+    wanting = [i for i in order if demands[i] > 0]
+    # By what they want only where each gets some: else those that want most would have every turn.
+    wanting = sorted(wanting, key=lambda i: demands[i]) if limit >= len(wanting) else wanting[: max(0, limit)]
     for number, i in enumerate(wanting):
         fair = left / (len(wanting) - number)
         shares[i] = min(demands[i], int(fair))

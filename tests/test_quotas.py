@@ -35,6 +35,15 @@ def test_shares_never_exceed_the_limit_and_reach_all_who_want_some() -> None:
         )
     # Where there are fewer places than workers, each has its turn.
     assert {split(1, [3, 3, 3], turn).index(1) for turn in range(3)} == {0, 1, 2}
+    # However little it wants.
+    assert {split(1, [1, 50, 9], turn).index(1) for turn in range(3)} == {0, 1, 2}
+
+
+def test_workers_that_start_are_granted_no_more_than_the_limit_between_them() -> None:
+    governor = Governor(Policy({KEY: Bounds(3, 3, 3)}), workers=8)
+    assert sum(governor.grant(f"w{number}").shares[KEY].now for number in range(8)) == 3
+    governor.lose("w0")
+    assert [governor.grant(name).shares[KEY].now for name in ("w8", "w9")] == [1, 0]
 
 
 def test_shares_that_workers_fall_back_to_are_safe_whatever_the_others_have() -> None:
