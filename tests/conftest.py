@@ -27,7 +27,7 @@ def _own_cluster() -> Iterator[None]:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Of the processes that share the tests, one gets all files of jobs, another all others that start Ray.
 
-    So there are two clusters at most: that of the jobs, who are told its address, and one in a test's own process.
+    So there are two clusters at most: one that the jobs are told of, and one in a test's own process.
     """
     from xdist.scheduler import LoadScopeScheduling
 
