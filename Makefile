@@ -28,7 +28,7 @@ hle: setup
 tau2: setup
 	$(BIN)/python jobs/tau2.py
 
-# Two processes: what starts a Ray cluster waits a lot, and all else goes on meanwhile.
+# Two processes: what starts Ray waits a lot (tests/conftest.py says who gets what).
 test: setup
 	$(BIN)/pytest -n 2
 

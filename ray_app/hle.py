@@ -182,6 +182,7 @@ class HleSolver:
     caller: Caller
     prompts: Prompts
     client: ChatClient
+    source: DocumentSource
 
     async def solve(self, task: Task, journal: Journal) -> Solved:
         answer = await in_time(self.agent.run(task, journal), self.config.limits, "answer")
@@ -220,8 +221,10 @@ class HleSolver:
         return getattr(self.client, "slots", {})
 
     async def close(self) -> None:
-        if isinstance(self.client, Router):
-            await self.client.close()
+        """Closes the connections of what has any: the router, and a retriever that is asked over HTTP."""
+        for part in (self.client, self.source):
+            if closing := getattr(part, "close", None):
+                await closing()
 
 
 def make_solver(
@@ -241,7 +244,7 @@ def make_solver(
     asks_confidence = config.protocol == "hle-style"
     tools.append(FinalAnswer(config.tools["answer"], caller, prompts, asks_confidence))
     agent = Agent(config.orchestrator, config.limits, tools, caller, prompts)
-    return HleSolver(config, agent, caller, prompts, client)
+    return HleSolver(config, agent, caller, prompts, client, source)
 
 
 def sandbox_of(config: RunConfig, isolation: tuple[str, ...]) -> Sandbox | None:

@@ -25,7 +25,10 @@ def _own_cluster() -> Iterator[None]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of the processes that share the tests, one gets all files that start Ray: one cluster at a time."""
+    """Of the processes that share the tests, one gets all files of jobs, another all others that start Ray.
+
+    So there are two clusters at most: one that the jobs are told of, and one in a test's own process.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     with_ray = {
@@ -34,12 +37,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         if STARTS_RAY.search(path.read_text())
     }
 
-    class OneCluster(LoadScopeScheduling):  # type: ignore[misc]  # untyped
+    class FewClusters(LoadScopeScheduling):  # type: ignore[misc]  # untyped
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "ray" if file in with_ray else file
+            if file not in with_ray:
+                return file
+            return "jobs" if file.startswith("tests/jobs/") else "ray"
 
-    return OneCluster(config, log)
+    return FewClusters(config, log)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int | pytest.ExitCode) -> None:

@@ -10,8 +10,11 @@ import pytest
 from aiohttp import web
 
 from ray_app.errors import DatasetError, RetrieverError, ToolError
+from ray_app.hle import make_solver
+from ray_app.prompting import load_prompts
 from ray_app.records import Hit, Retrieval
 from ray_app.retrieval.connect import HttpRetriever
+from tests.stand_ins import ScriptedModel, config, says
 
 LOCAL = {"document": {"id": "7", "contents": "a local text"}, "score": 0.5}
 PAGE = {"document": {"content": "a page"}, "score": -1, "source": "tavily"}
@@ -77,4 +80,13 @@ async def test_an_answer_of_another_shape_is_a_retriever_error(body: Any) -> Non
 async def test_a_refusal_has_the_kind_of_its_status(status: int, kind: type[Exception]) -> None:
     async with answering({"detail": "no"}, status) as retriever:
         with pytest.raises(kind, match=f"HTTP {status}"):
+            await asked(retriever)
+
+
+async def test_a_solver_that_ends_closes_the_connections_to_its_retriever() -> None:
+    async with answering([[]]) as retriever:
+        held = make_solver(config(), load_prompts(), ScriptedModel(lambda request: says("")), retriever, None)
+        await asked(retriever)
+        await held.close()
+        with pytest.raises(RuntimeError, match="closed"):
             await asked(retriever)
