@@ -279,6 +279,11 @@ def _secret(endpoint: Endpoint, environ: Mapping[str, str]) -> str:
             f"endpoint {endpoint.base_url}: variable {endpoint.api_key_env} is empty; "
             "export it or drop api_key_env"
         )
+    if not key.isprintable():
+        raise ConfigError(
+            f"endpoint {endpoint.base_url}: variable {endpoint.api_key_env} has a line break or another "
+            "control character in it; export the key alone"
+        )
     return key
 
 

@@ -229,6 +229,13 @@ async def test_a_named_key_that_is_not_set_is_a_mistake_of_the_user() -> None:
         Router({"m": ModelConfig(endpoints=(endpoint,))}, {}, environ={})
 
 
+async def test_a_key_that_no_header_takes_is_a_mistake_of_the_user_and_not_shown() -> None:
+    endpoint = Endpoint(base_url="http://127.0.0.1:1/v1", api_key_env="KEY")
+    with pytest.raises(ConfigError, match="variable KEY has a line break") as caught:
+        Router({"m": ModelConfig(endpoints=(endpoint,))}, {}, environ={"KEY": "hidden\nhidden"})
+    assert "hidden" not in str(caught.value)
+
+
 async def test_a_probe_says_what_is_wrong_with_a_route() -> None:
     async with serving(GOOD, max_model_len=4096) as server:
         async with routed(server.url, context_length=4096) as router:
@@ -262,6 +269,8 @@ async def test_an_examination_asks_each_endpoint_for_tokens_and_a_tool_call() ->
     assert len(unable.requests) == 2  # each time once
     assert able.requests[0]["tools"][0]["function"]["name"] == "ready"
     assert "tools" not in able.requests[1] and len(plain.notes) == 1
+    async with serving([chunk({"content": "ready"}, "stop")]) as silent, routed(silent.url) as router:
+        assert (await router.examine("m"))[0].notes[-1].startswith("tells no usage")
 
 
 async def test_one_hang_leaves_time_for_another_endpoint() -> None:
