@@ -242,7 +242,6 @@ def schema(tool: Tool, models: Mapping[str, ModelConfig], *, is_strict: bool = F
 
 def describe(name: str, alias: Alias, model: ModelConfig) -> str:
     """An alias as the orchestrator is told of it: what it is good at, its price, its usual latency."""
-    """An alias as the orchestrator is told of it: what it is good at, its price, its usual latency."""
     price = alias.told(model)
     cost = f"${price.input:g} in, ${price.output:g} out per million tokens" if price else ""
     latency = f"about {alias.latency_s:g} s" if alias.latency_s is not None else ""
