@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 ROOT = Path(__file__).resolve().parent.parent
 if not __package__:
@@ -25,7 +25,7 @@ from ray_app import driver, object_store, preview
 from ray_app.config import load
 from ray_app.errors import ConfigError, EvalError
 from ray_app.hle import HleJob, ReplayInWorker, SolverInWorker, check_services, read_job, read_replay
-from ray_app.job_options import with_tasks
+from ray_app.job_options import Figures, Fresh, Pictures, Plan, Retry, RunDir, with_tasks
 from ray_app.ordering import NOTHING_ASKED, Asked
 from ray_app.recording import Recording
 from ray_app.worker import SolverFactory
@@ -40,17 +40,12 @@ def main(
         Path | None,
         typer.Option(help="Run config (YAML). Default: configs/hle_sample.yaml; of a replay, the run's own."),
     ] = None,
-    run_dir: Annotated[
-        Path | None,
-        typer.Option(help="Where the run lives: a folder, or s3://BUCKET/PREFIX. Default: by config."),
-    ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the final figures here.")] = None,
+    run_dir: RunDir = None,
+    json: Figures = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key: --set limits.max_rounds=10.")
     ] = None,
-    plan: Annotated[
-        bool, typer.Option("--plan", "--dry-run", help="Show work, routes and cost; start nothing.")
-    ] = False,
+    plan: Plan = False,
     adopt: Annotated[
         Path | None,
         typer.Option(help="First take over the finished {id}.json results of DIR.", metavar="DIR"),
@@ -62,11 +57,9 @@ def main(
             metavar="RUN",
         ),
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Deploy the services again.")] = False,
-    pictures: Annotated[bool, typer.Option(help="Draw the pictures at the end.")] = True,
-    retry: Annotated[
-        Literal["infrastructure", "failed"], typer.Option(help="Which failed tasks run again.")
-    ] = "infrastructure",
+    fresh: Fresh = False,
+    pictures: Pictures = True,
+    retry: Retry = "infrastructure",
 ) -> None:
     """Evaluate the orchestrator of CONFIG on its dataset. The same command resumes."""
     console, retry_failed = driver.make_console(), retry == "failed"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 ROOT = Path(__file__).resolve().parent.parent
 if not __package__:
@@ -23,7 +23,7 @@ import typer
 from ray_app import driver, preview
 from ray_app.config import load
 from ray_app.errors import EvalError
-from ray_app.job_options import with_tasks
+from ray_app.job_options import Figures, Fresh, Pictures, Plan, Retry, RunDir, with_tasks
 from ray_app.ordering import Asked
 from ray_app.tau2.closing import close
 from ray_app.tau2.config import Tau2Config
@@ -37,22 +37,15 @@ def main(
     domain: Annotated[
         list[str] | None, typer.Option(help="Run this domain, and not the config's; may be repeated.")
     ] = None,
-    run_dir: Annotated[
-        Path | None,
-        typer.Option(help="Where the run lives: a folder, or s3://BUCKET/PREFIX. Default: by config."),
-    ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the final figures here.")] = None,
+    run_dir: RunDir = None,
+    json: Figures = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key: --set limits.max_steps=50.")
     ] = None,
-    plan: Annotated[
-        bool, typer.Option("--plan", "--dry-run", help="Show work, routes and cost; start nothing.")
-    ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Deploy the services again.")] = False,
-    pictures: Annotated[bool, typer.Option(help="Draw the pictures at the end.")] = True,
-    retry: Annotated[
-        Literal["infrastructure", "failed"], typer.Option(help="Which failed tasks run again.")
-    ] = "infrastructure",
+    plan: Plan = False,
+    fresh: Fresh = False,
+    pictures: Pictures = True,
+    retry: Retry = "infrastructure",
 ) -> None:
     """Evaluate the orchestrator of CONFIG as an agent in dialogues. The same command resumes."""
     console, retry_failed = driver.make_console(), retry == "failed"

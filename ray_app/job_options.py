@@ -1,4 +1,6 @@
-"""Options of a job that say which tasks run, in what order and how many now; they arrive as one `Asked`."""
+"""Options that the jobs share: those of every command, and those that say which tasks run, in what order and
+how many now, which arrive as one `Asked`.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,23 @@ import inspect
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Concatenate, ParamSpec
+from typing import Annotated, Any, Concatenate, Literal, ParamSpec
 
 import typer
 
 from ray_app.ordering import Asked
 
 P = ParamSpec("P")
+
+RunDir = Annotated[
+    Path | None,
+    typer.Option(help="Where the run lives: a folder, or s3://BUCKET/PREFIX. Default: by config."),
+]
+Figures = Annotated[Path | None, typer.Option(help="Write the final figures here.")]
+Plan = Annotated[bool, typer.Option("--plan", "--dry-run", help="Show work, routes and cost; start nothing.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Deploy the services again.")]
+Pictures = Annotated[bool, typer.Option(help="Draw the pictures at the end.")]
+Retry = Annotated[Literal["infrastructure", "failed"], typer.Option(help="Which failed tasks run again.")]
 
 
 def with_tasks(command: Callable[Concatenate[Asked, P], None]) -> Callable[..., None]:

@@ -37,19 +37,16 @@ class Solved:
 
 
 class Solver(Protocol):
-    """One benchmark's way to solve a task; made once in each worker process."""
+    """One benchmark's way to solve a task; made once in each worker process.
+
+    One whose model calls can be bounded has `slots()` too: those of each route.
+    """
 
     async def solve(self, task: Task, journal: Journal) -> Solved:
         """Raises LimitReached, ModelError or an InfrastructureError; all else counts as the last."""
         ...
 
     async def close(self) -> None: ...
-
-
-class BoundedSolver(Solver, Protocol):
-    """A solver whose model calls can be bounded: `slots` hands out those of each route."""
-
-    def slots(self) -> Mapping[RouteKey, Slots]: ...
 
 
 SolverFactory = Callable[[], Solver]
