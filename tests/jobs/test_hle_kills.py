@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.jobs.cluster import Cluster, finished, running, until
-from tests.jobs.kills import Answer, Job, Kill, Witness, titled, witness
+from tests.jobs.kills import Answers, Job, Kill, Witness, titled, witness
 
 pytestmark = pytest.mark.cluster
 SIMULATED = r"^\[TAU2_TASK_COMPLETE\] .* status=done"
@@ -45,7 +45,7 @@ def seen(cluster: Cluster) -> Iterator[Witness]:
 
 
 @pytest.fixture(scope="module")
-def expected(cluster: Cluster, seen: Witness, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
+def expected(cluster: Cluster, seen: Witness, tmp_path_factory: pytest.TempPathFactory) -> Answers:
     """The answers of a run in which nothing dies."""
     seen.answered.clear()
     job = Job(cluster, seen, tmp_path_factory.mktemp("undisturbed") / "run")
@@ -76,7 +76,7 @@ def complete(process: subprocess.Popen[str]) -> None:
 
 
 def test_a_worker_the_checkpoint_actor_the_model_server_and_a_node_die_one_after_the_other(
-    cluster: Cluster, expected: dict[str, Answer], job: Job
+    cluster: Cluster, expected: Answers, job: Job
 ) -> None:
     rng = random.Random(SEED)
     process = job.start(concurrency=12)
@@ -133,7 +133,7 @@ def test_dialogues_cut_by_the_death_of_a_worker_and_of_the_driver_go_on_in_their
     first.kill()
     first.wait()
     killed.append(Kill(began, time.time()))
-    cut = {row["task_id"] for row in job.told.rows("tool_call")} - {*job.told.answers()}
+    cut = {(row["task_id"], row["trial"]) for row in job.told.rows("tool_call")} - {*job.told.answers()}
     output = finished(job.start(concurrency=6))
     job.end()
 
@@ -148,7 +148,7 @@ def test_dialogues_cut_by_the_death_of_a_worker_and_of_the_driver_go_on_in_their
 
 
 def test_everything_dies_at_once_and_the_same_command_on_a_new_cluster_goes_on(
-    cluster: Cluster, expected: dict[str, Answer], job: Job
+    cluster: Cluster, expected: Answers, job: Job
 ) -> None:
     done = random.Random(SEED).randint(15, 35)
     process = job.start(concurrency=12)
@@ -169,7 +169,7 @@ def test_everything_dies_at_once_and_the_same_command_on_a_new_cluster_goes_on(
 
 
 def test_a_driver_that_is_stopped_past_its_lease_loses_the_run_and_harms_nothing(
-    cluster: Cluster, expected: dict[str, Answer], job: Job
+    cluster: Cluster, expected: Answers, job: Job
 ) -> None:
     lease = {"TOOLORCH_LEASE_S": f"{LEASE_S}"}
     first = job.start(concurrency=8, **lease)
@@ -210,7 +210,7 @@ def refused(process: subprocess.Popen[str], reason: str) -> None:
 
 @pytest.mark.long
 def test_of_two_drivers_that_start_at_once_one_runs_and_a_signal_ends_it_within_10_s(
-    expected: dict[str, Answer], job: Job
+    expected: Answers, job: Job
 ) -> None:
     pair = [job.start(concurrency=40), job.start(concurrency=40)]
     while all(process.poll() is None for process in pair):
