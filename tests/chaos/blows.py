@@ -6,7 +6,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # How long what is held up or away stays so.
 OUTAGE_S = (1.5, 8.0)
 VICTIM_S = 60.0
+STEPS_S = (-86_400, -3600, -2, 2, 3600, 86_400)
 REPLICAS = {"retriever": "ray::ServeReplica:retriever:retriever", "model": "ray::ServeReplica:baseline"}
 STOPPED = ("ray::Worker", "ray::Checkpoint", "driver", "node", *REPLICAS.values())
 # A driver whose cluster is gone says so and ends, or it hangs.
@@ -138,14 +139,42 @@ def _stop(scene: Scene) -> str:
     return f"{what} stopped for {held_s:.1f} s"
 
 
+def _held(scene: Scene, what: str, fault: AbstractContextManager[object]) -> str:
+    """That fault, for a while."""
+    held_s = scene.outage_s()
+    with fault:
+        time.sleep(held_s)
+    return f"{what} for {held_s:.1f} s"
+
+
 def _s3(scene: Scene) -> str:
-    away_s = scene.outage_s()
-    scene.world.s3.stop()
-    try:
-        time.sleep(away_s)
-    finally:
-        scene.world.s3.resume()
-    return f"the object store stopped for {away_s:.1f} s"
+    if scene.rng.random() < 0.5:
+        return _held(scene, "the object store stopped", scene.world.bucket.stopped())
+    return _held(scene, "the object store refused connections", scene.world.bucket.refused())
+
+
+def _full_disk(scene: Scene) -> str:
+    assert scene.world.disk is not None
+    return _held(scene, "the disk was full", scene.world.disk.full())
+
+
+def _slow_disk(scene: Scene) -> str:
+    assert scene.world.disk is not None
+    duty = scene.rng.choice((0.8, 0.95, 1.0))
+    return _held(scene, f"writes stood still {duty:.0%} of the time", scene.world.disk.slow(duty))
+
+
+def _clock(scene: Scene) -> str:
+    """A step, and after a while another one back."""
+    assert scene.world.clocks is not None
+    seconds, whose = scene.rng.choice(STEPS_S), scene.rng.choice(("driver", "second node", "both"))
+    driver, node = scene.world.clocks
+    with ExitStack() as stack:
+        if whose != "second node":
+            stack.enter_context(driver.stepped(seconds))
+        if whose != "driver":
+            stack.enter_context(node.stepped(seconds))
+        return _held(scene, f"clock of {whose} off by {seconds:+g} s", nullcontext())
 
 
 BLOWS: Mapping[Kind, Callable[[Scene], str]] = {
@@ -161,4 +190,7 @@ BLOWS: Mapping[Kind, Callable[[Scene], str]] = {
     "s3": _s3,
     "cluster": _cluster,
     "stop": _stop,
+    "full disk": _full_disk,
+    "slow disk": _slow_disk,
+    "clock": _clock,
 }

@@ -50,6 +50,7 @@ class Outcome:
     title: str
     struck: list[Struck] = field(default_factory=list)
     missed: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)  # kinds that this machine cannot do, and why
     lost: list[str] = field(default_factory=list)
     double: list[str] = field(default_factory=list)
     hung: list[str] = field(default_factory=list)
@@ -80,6 +81,9 @@ def play(world: World, one: Round, folder: Path, say: Callable[[str], None]) -> 
         scene = Scene(world, job, rng)
         try:
             for blow in one.blows:
+                if blow.kind in world.unavailable:
+                    outcome.skipped.append(f"{blow.kind}: {world.unavailable[blow.kind]}")
+                    continue
                 _strike(scene, blow, TASKS[one.benchmark], outcome, folder, say)
             _end(scene, outcome)
         except Hung as hung:

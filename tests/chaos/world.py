@@ -12,14 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ray_app import object_store
+from tests.chaos.clock import Clock, clock
+from tests.chaos.disk import Disk, disk
 from tests.chaos.job import Carried, carried
-from tests.chaos.plan import Benchmark, Storage
-from tests.jobs.cluster import ROOT, Cluster, finished, made
+from tests.chaos.outside import Bucket, Web, bucket, web
+from tests.chaos.plan import Benchmark, Kind, Storage
+from tests.chaos.unavailable import Unavailable
+from tests.jobs.cluster import Cluster, finished, made
 from tests.jobs.kills import Told, Witness, titled, witness
-from tests.s3_server import BUCKET, S3Server, s3_server
+from tests.s3_server import BUCKET
 
 # Long enough for several calls of each task to be in flight when a blow comes.
 LATENCY_S = 0.15
@@ -42,14 +44,21 @@ class World:
 
     cluster: Cluster
     witness: Witness
-    s3: S3Server
+    bucket: Bucket
+    web: Web
     folder: Path
+    disk: Disk | None = None
+    # Of the driver, and of the second node.
+    clocks: tuple[Clock, Clock] | None = None
+    unavailable: dict[Kind, str] = field(default_factory=dict)
     expected: dict[Benchmark, Expected] = field(default_factory=dict)
 
     def run_dir(self, storage: Storage, name: str) -> str:
         """A place for a run, as its user types it."""
         if storage == "s3":
             return f"s3://{BUCKET}/{name}"
+        if storage == "disk" and self.disk is not None:
+            return str(self.disk.folder / name)
         return str(self.folder / "runs" / name)
 
     def arguments(self, benchmark: Benchmark, run_dir: str, concurrency: int) -> list[str]:
@@ -67,7 +76,8 @@ class World:
         def popen(*words: str, **environ: str) -> subprocess.Popen[str]:
             return self.cluster.job(*words, script=SCRIPTS[benchmark], **environ)
 
-        with carried(popen, arguments, {}, log) as job:
+        environ = self.clocks[0].environ if self.clocks else {}
+        with carried(popen, arguments, environ, log) as job:
             yield job
 
     def told(self, run_dir: str) -> Told:
@@ -129,18 +139,34 @@ class Expected:
 def world(folder: Path) -> Iterator[World]:
     """All of it, up. What `folder` holds afterwards are runs and logs."""
     (folder / "runs").mkdir(parents=True)
-    values = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    for app in values["applications"]:
-        if app["name"] == "baseline":
-            app["args"] = {"latency": {"mean_s": LATENCY_S, "sigma": 0.1}}
     with ExitStack() as stack:
-        s3 = stack.enter_context(s3_server())
-        here = {**s3.env, "TOOLORCH_HOME": str(folder / "reader")}
-        stack.callback(_set(here))
-        cluster = stack.enter_context(made(folder / "cluster", values, s3.env))
+        store, internet = stack.enter_context(bucket()), stack.enter_context(web())
+        stack.callback(_set({**store.environ, "TOOLORCH_HOME": str(folder / "reader")}))
+        values = internet.serve_config(folder / "web-cache")
+        for app in values["applications"]:
+            if app["name"] == "baseline":
+                app["args"] = {"latency": {"mean_s": LATENCY_S, "sigma": 0.1}}
+        cluster = stack.enter_context(
+            made(folder / "cluster", values, {**store.environ, **internet.environ})
+        )
+        found = World(cluster, Witness(""), store, internet, folder)
+        try:
+            found.disk = stack.enter_context(disk(folder / "disk"))
+        except Unavailable as reason:
+            found.unavailable |= {"full disk": str(reason), "slow disk": str(reason)}
+        try:
+            found.clocks = clock(_made(folder / "driver")), clock(_made(folder / "second"))
+            cluster.own["second"] = found.clocks[1].environ
+        except Unavailable as reason:
+            found.unavailable["clock"] = str(reason)
         cluster.start()
-        seen = stack.enter_context(witness(f"{cluster.http}/baseline"))
-        yield World(cluster, seen, s3, folder)
+        found.witness = stack.enter_context(witness(f"{cluster.http}/baseline"))
+        yield found
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def _set(values: Mapping[str, str]) -> Any:

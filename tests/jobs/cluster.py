@@ -29,7 +29,8 @@ READY_S = 300
 class Cluster:
     """Where the cluster is, and the environment in which users' commands find it.
 
-    `parents` are the processes of `ray start --block`, by node; all else of a node descends from its one.
+    `extra` is set for all processes and for those of jobs, `own` for those of single nodes. `parents` are the
+    processes of `ray start --block`, by node; all else of a node descends from its one.
     """
 
     gcs: str
@@ -39,6 +40,7 @@ class Cluster:
     folder: Path
     temporary: Path
     extra: Mapping[str, str] = field(default_factory=dict)
+    own: dict[str, Mapping[str, str]] = field(default_factory=dict)
     parents: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self) -> None:
@@ -91,7 +93,8 @@ class Cluster:
 
     def _run_in_background(self, name: str, command: list[str]) -> None:
         # A node that is gone is found out in 2 s, not 20.
-        environ = self.environ(RAY_health_check_period_ms="500", RAY_health_check_failure_threshold="4")
+        quick = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "4"}
+        environ = self.environ(**quick, **self.own.get(name, {}))
         if "--head" in command:
             del environ["RAY_ADDRESS"]
         with (self.folder / f"{name}.log").open("a") as log:
