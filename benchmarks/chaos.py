@@ -9,6 +9,7 @@ played again by `--seeds 17..17 --again`.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections import Counter
@@ -112,6 +113,7 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Play seeded rounds of blows and count what they did."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the cluster ends with it
     wanted = every_kind_once(parse(seeds)[0]) if quick else list(rounds(*parse(seeds)))
     folder = folder or rundir.home() / "chaos"
     folder.mkdir(parents=True, exist_ok=True)

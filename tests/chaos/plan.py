@@ -141,9 +141,13 @@ def _dealt(drafts: Sequence[_Draft], rng: random.Random) -> bool:
 
 
 def _round(number: int, benchmark: Benchmark, storage: Storage, kinds: Sequence[Kind]) -> Round:
-    rng = random.Random(f"moments {number}")
-    moments = sorted(round(rng.uniform(EARLIEST, LATEST), 3) for _ in kinds)
-    return Round(number, benchmark, storage, tuple(map(Blow, kinds, moments)))
+    """With many blows the moments are apart, or the last ones would come when all is done."""
+    rng, share = random.Random(f"moments {number}"), (LATEST - EARLIEST) / len(kinds)
+    if len(kinds) > BLOWS:
+        moments = [EARLIEST + share * (place + rng.random() / 2) for place in range(len(kinds))]
+    else:
+        moments = sorted(rng.uniform(EARLIEST, LATEST) for _ in kinds)
+    return Round(number, benchmark, storage, tuple(map(Blow, kinds, (round(at, 3) for at in moments))))
 
 
 def every_kind_once(seed: int) -> list[Round]:

@@ -7,7 +7,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from typer.testing import CliRunner
 
 from analysis.__main__ import app as analysis_app
 from tests.chaos.blows import Hung, NoVictim, Scene
-from tests.chaos.plan import Blow, Kind, Round
+from tests.chaos.plan import BLOWS, Blow, Kind, Round
 from tests.chaos.world import TASKS, Expected, World
 from tests.jobs.kills import Kill, Told
 
 # No task has ended for so long, and nothing holds the run up: it hangs.
 SILENT_S = 120.0
+# Tasks in flight: few enough for four blows to come before the end.
+IN_FLIGHT = (4, 12)
 # Between two blows: what a blow costs is promised for one at a time.
 APART_S = 2.0
 # What was answered so long before a blow was safe, but for the loss of everything at once.
@@ -48,6 +50,7 @@ class Outcome:
 
     round: int
     title: str
+    run_dir: str
     struck: list[Struck] = field(default_factory=list)
     missed: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)  # kinds that this machine cannot do, and why
@@ -73,11 +76,13 @@ def play(world: World, one: Round, folder: Path, say: Callable[[str], None]) -> 
     expected = world.learn(one.benchmark)
     world.heal()
     world.witness.answered.clear()
-    outcome = Outcome(one.number, one.title)
     name = f"round-{one.number}-{time.time_ns() % 10**9}"
     run_dir = world.run_dir(one.storage, name)
+    outcome = Outcome(one.number, one.title, run_dir)
     rng = random.Random(f"round {one.number}")
-    with world.carried(one.benchmark, run_dir, rng.randint(6, 16), folder / f"{name}.log") as job:
+    # Slow enough for all of them to come before the end.
+    concurrency = 3 if len(one.blows) > BLOWS else rng.randint(*IN_FLIGHT)
+    with world.carried(one.benchmark, run_dir, concurrency, folder / f"{name}.log") as job:
         scene = Scene(world, job, rng)
         try:
             for blow in one.blows:
@@ -88,7 +93,7 @@ def play(world: World, one: Round, folder: Path, say: Callable[[str], None]) -> 
             _end(scene, outcome)
         except Hung as hung:
             outcome.hung.append(str(hung))
-    _judge(outcome, world, run_dir, expected)
+    outcome = judged(world, outcome, expected)
     outcome.seconds = time.monotonic() - began
     return outcome
 
@@ -145,31 +150,36 @@ def _wait(scene: Scene, until: Callable[[], bool]) -> bool:
     return until()
 
 
-def _judge(outcome: Outcome, world: World, run_dir: str, expected: Expected) -> None:
-    told = world.told(run_dir)
+def judged(world: World, outcome: Outcome, expected: Expected) -> Outcome:
+    """The outcome with what its run's log says, held against `expected`."""
+    told = world.told(outcome.run_dir)
     found = Expected.of(told)
+    lost, wrong = [], []
     for key, answer in expected.answers.items():
         if key not in found.answers:
-            outcome.lost.append(_name(key))
+            lost.append(_name(key))
         elif found.answers[key] != answer:
-            outcome.wrong.append(f"{_name(key)}: {found.answers[key]!r:.300}, expected {answer!r:.300}")
+            wrong.append(f"{_name(key)}: {found.answers[key]!r:.300}, expected {answer!r:.300}")
         elif found.dialogues.get(key) != expected.dialogues.get(key):
-            outcome.wrong.append(f"{_name(key)}: another dialogue")
-    outcome.wrong += [
-        f"{_name(key)}: never asked for" for key in found.answers.keys() - expected.answers.keys()
-    ]
-    outcome.double += _doubles(told)
-    outcome.wrong += _summed(told, len(expected.answers))
+            wrong.append(f"{_name(key)}: another dialogue")
+    unknown = found.answers.keys() - expected.answers.keys()
+    wrong += [f"{_name(key)}: never asked for" for key in unknown]
+    wrong += _summed(told, len(expected.answers))
     kills = [
         Kill(blow.began - SETTLED_S.get(blow.kind, SETTLED_ELSE_S), blow.done) for blow in outcome.struck
     ]
-    outcome.repeated = world.witness.repeated(*kills, settled_s=0.0)
+    repeated = world.witness.repeated(*kills, settled_s=0.0)
+    return replace(outcome, lost=lost, wrong=wrong, double=_doubles(told), repeated=repeated)
 
 
 def _doubles(told: Told) -> list[str]:
-    """Tasks with more than one committed row, and rows that are in two files."""
-    rows = Counter((row["task_id"], row["trial"]) for row in told.rows("result"))
-    files = [file for table in ("log",) for file in (told.run_dir / table).glob("*.parquet")]
+    """Tasks that were done more than once, and rows that are in two files.
+
+    One that failed for want of what was away is done again by the next command, and counts once.
+    """
+    done = [row for row in told.rows("result") if row["outcome"] != "failed"]
+    rows = Counter((row["task_id"], row["trial"]) for row in done)
+    files = (told.run_dir / "log").glob("*.parquet")
     ids = Counter(name for file in files for name in pq.read_table(file)["event_id"].to_pylist())
     return [_name(key) for key, times in rows.items() if times > 1] + [
         f"event {name}" for name, times in ids.items() if times > 1

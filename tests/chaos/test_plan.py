@@ -30,7 +30,9 @@ def test_a_round_follows_from_its_number_alone() -> None:
 def test_no_round_is_hit_by_what_it_does_not_have() -> None:
     for one in rounds(1, 200):
         named = [blow.kind for blow in one.blows]
-        assert len(named) == BLOWS and [blow.at for blow in one.blows] == sorted(blow.at for blow in one.blows)
+        assert len(named) == BLOWS and [blow.at for blow in one.blows] == sorted(
+            blow.at for blow in one.blows
+        )
         assert one.storage == "s3" or "s3" not in named
         assert one.storage == "disk" or not {"full disk", "slow disk"} & set(named)
         assert one.benchmark == "hle" or not {"retriever", "web"} & set(named)
