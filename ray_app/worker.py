@@ -92,8 +92,8 @@ class Worker:
             result = _broken(item, journal, error)
         finally:
             self._journals.pop((item.key, item.attempt), None)
-        if result.outcome != "ok" and not self._allowance.may_spend:
-            # What ends now may end for want of money: it stays pending, and the driver cancels it.
+        if result.outcome != "ok" and not self._allowance.may_fail:
+            # What ends now may end because the run is about to: it stays pending, and the driver cancels it.
             await asyncio.Event().wait()
         # A result that counts has its evidence in the log: a judge-only pass, say, reads it there.
         try:

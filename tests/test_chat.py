@@ -40,6 +40,7 @@ def of_session(number: int) -> ChatRequest:
 @pytest.fixture(autouse=True)
 def _quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(chat, "MAX_BACKOFF_S", 0.1)
 
 
 @asynccontextmanager
@@ -310,12 +311,70 @@ async def test_an_endpoint_that_asks_for_time_has_it_although_another_fails_mean
     assert waited_s >= 1.0
 
 
-async def test_a_wait_that_does_not_fit_the_deadline_is_not_begun() -> None:
-    later = (429, {"message": "slow down"}, {"Retry-After": "30"})
-    async with serving(later) as server, routed(server.url, timeout_s=5.0) as router:
-        with pytest.raises(EndpointError, match=r"within 5 s: .*HTTP 429: slow down"):
+@pytest.mark.parametrize(("status", "bound"), [(429, "patience_s"), (500, "timeout_s")])
+async def test_a_wait_that_does_not_fit_its_bound_is_not_begun(status: int, bound: str) -> None:
+    later = (status, {"message": "slow down"}, {"Retry-After": "30"})
+    settings: dict[str, Any] = {bound: 5.0}
+    async with serving(later) as server, routed(server.url, **settings) as router:
+        with pytest.raises(EndpointError, match=rf"within 5 s.*: .*HTTP {status}: slow down"):
             await asyncio.wait_for(router.complete(REQUEST), 2)
     assert len(server.requests) == 1
+
+
+async def test_what_an_endpoint_does_not_take_is_waited_for_and_is_no_part_of_the_tries_or_the_time() -> None:
+    refused: list[Any] = [(status, {"message": "not now"}, {}) for status in (429, 503, 502, 529)] * 3
+    async with serving(*refused, BROKEN, GOOD) as server, routed(server.url, timeout_s=0.6) as router:
+        reply = await asyncio.wait_for(router.complete(REQUEST), 10)
+        slots = router.slots[RouteKey("m", server.url)]
+        assert (slots.pausing, slots.refusal, slots.away) == (0, "", "")
+    assert (reply.retries, reply.faults) == (13, "429,503,502,529," * 3 + "500")
+    assert reply.queue_s > 0.6
+
+
+async def test_a_server_that_restarts_costs_a_wait_that_can_be_seen() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/v1"
+    async with routed(url) as router, asyncio.timeout(10):
+        slots = router.slots[RouteKey("m", url)]
+        calls = [asyncio.create_task(router.complete(of_session(number))) for number in range(8)]
+        while slots.pausing < 8:  # noqa: ASYNC110  (a few turns of the loop)
+            await asyncio.sleep(0)
+        assert (slots.in_flight, slots.waiting) == (0, 8) and "no connection" in slots.refusal
+        async with serving(GOOD, port=port):
+            replies = await asyncio.gather(*calls)
+    assert {reply.endpoint for reply in replies} == {url} and slots.waiting == 0
+    assert all(reply.faults.startswith("connect") for reply in replies)
+
+
+async def test_endpoints_that_take_no_call_have_their_turns_until_one_does() -> None:
+    refusal: tuple[int, dict[str, str], dict[str, str]] = (503, {"message": "full"}, {})
+    for first in range(2):  # whichever is at home
+        behaviours: list[list[Any]] = [[refusal], [refusal, refusal, GOOD]]
+        one, other = behaviours[first], behaviours[1 - first]
+        async with serving(*one) as here, serving(*other) as there, routed(here.url, there.url) as router:
+            reply = await asyncio.wait_for(router.complete(REQUEST), 5)
+        assert reply.endpoint == (there if first == 0 else here).url and 4 <= reply.retries <= 5
+
+
+async def test_only_endpoints_that_answer_nobody_for_too_long_are_away() -> None:
+    busy: tuple[int, dict[str, str], dict[str, str]] = (429, {"message": "busy"}, {})
+    not_taken = r"model m: not taken by http\S+ within 0.2 s \(patience_s\): .*HTTP 429: busy"
+    async with serving([GOOD[0], "hang"], busy) as server, routed(server.url, patience_s=0.2) as router:
+        slots = router.slots[RouteKey("m", server.url)]
+        answered = asyncio.create_task(router.complete(REQUEST))
+        await server.until_asked(1)
+        with pytest.raises(EndpointError, match=not_taken):
+            await router.complete(REQUEST)
+        assert slots.away == ""  # it works for another
+        answered.cancel()
+        await asyncio.gather(answered, return_exceptions=True)
+        before = len(server.requests)
+        with pytest.raises(EndpointError, match=not_taken) as caught:
+            await router.complete(REQUEST)
+        assert slots.away.startswith(f"model m: {server.url} answered nothing for 0.2 s")
+        assert marks(caught.value)[2] == len(server.requests) - before - 1
 
 
 def test_tokens_that_a_service_counts_apart_make_no_call_cheaper_than_free() -> None:
