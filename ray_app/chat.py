@@ -17,6 +17,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ray_app import estimate
 from ray_app import probe as probing
 from ray_app.balance import Homes
 from ray_app.config import ModelConfig, Price, Sampling
@@ -26,6 +27,7 @@ from ray_app.errors import EndpointError, EvalError, Refusal
 from ray_app.faults import Fault
 from ray_app.records import ChatReply, Message, Usage
 from ray_app.slots import Ending, RouteKey, Sample, Slots
+from ray_app.tokens import counter
 
 MAX_TRIES = 5
 BACKOFF_S = 0.5
@@ -229,18 +231,22 @@ class Router:
         )
 
     def _reply(self, call: _Call, route: Route, answered: Answered) -> ChatReply:
-        answer = answered.answer
+        answer, request = answered.answer, call.request
+        usage = answer.usage
+        if not usage.prompt_tokens and not usage.completion_tokens:
+            tokens = counter(call.model.tokenizer)
+            usage = estimate.usage(request.messages, request.tools, answer, tokens)
         return ChatReply(
             content=answer.content,
             tool_calls=answer.tool_calls,
             finish_reason=answer.finish_reason,
-            usage=answer.usage,
-            model=answer.model or call.request.model,
+            usage=usage,
+            model=answer.model or request.model,
             endpoint=route.url,
             queue_s=answered.sent - call.started,
             prefill_s=answered.first - answered.sent,
             decode_s=answered.done - answered.first,
-            cost_usd=cost(answer.usage, call.model),
+            cost_usd=cost(usage, call.model),
             retries=len(call.faults),
             faults=",".join(call.faults),
         )

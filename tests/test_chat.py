@@ -465,6 +465,27 @@ async def test_reasoning_is_no_part_of_the_answer_but_its_first_token_is_the_fir
     assert reply.content == "ab" and reply.decode_s > 0.9 * PAUSE_S
 
 
+async def test_a_call_whose_endpoint_tells_no_usage_is_counted_here_and_priced() -> None:
+    log, book_of = MemoryLog(), Task("t", "q", "a")
+    call = {"index": 0, "id": "t", "function": {"name": "answer", "arguments": "{}"}}
+    silent = [
+        chunk({"reasoning": "x" * 39}),
+        chunk({"content": "Hello there!", "tool_calls": [call]}, "stop"),
+    ]
+    async with serving(silent, GOOD) as server, routed(server.url) as router:
+        book = journal(book_of, log)
+        replies = [await book.call(CHAT, {}, lambda: router.complete(REQUEST)) for _ in range(2)]
+    # "hi" in its message; two words and a mark, a name with its brackets, and ten tokens of thought.
+    assert replies[0].usage == Usage(1 + 8, 3 + 3 + 10, reasoning_tokens=10, is_estimated=True)
+    assert replies[0].cost_usd == pytest.approx((9 * 2 + 16 * 10) / 1e6)
+    assert book.cost_usd == book.paid_usd == pytest.approx(replies[0].cost_usd + replies[1].cost_usd)
+    rows = log.of("model_call")
+    assert [(row.prompt_tokens, row.is_estimated) for row in rows] == [(9, True), (1000, None)]
+    # What an endpoint told is recorded as ever, to the byte.
+    told = [json.loads(log.bodies[row.payload_hash])["usage"] for row in rows]
+    assert "is_estimated" not in told[1] and CHAT.decode(log.bodies[rows[0].payload_hash], {}) == replies[0]
+
+
 async def test_a_redirect_is_not_followed_and_a_key_is_never_repeated() -> None:
     moved = (307, {"message": "elsewhere"}, {"location": "http://127.0.0.1:1/v1"})
     denied = (401, {"message": "Incorrect API key provided: named-key"}, dict[str, str]())
