@@ -76,7 +76,8 @@ class Totals:
     `invalid_turns` are those in which the orchestrator called no tool that it was offered.
     `repeated_calls` are model calls that succeeded before and were made again, as after a crash.
     `counted_cost_usd` is the part of `cost_usd` that the tasks with a counted result took, in all their
-    attempts. `estimated_tokens` are those, prompt and completion, that no endpoint told. `cut_prompts` had no room for all that was gathered; `overflows` were prompts that an endpoint
+    attempts. `estimated_tokens` are those, prompt and completion, that no endpoint told.
+    `cut_prompts` had no room for all that was gathered; `overflows` were prompts that an endpoint
     called too long although they had been counted. `wall_s` adds up the time that each epoch was at work, so
     that the pause before a resume is no part of it.
     """

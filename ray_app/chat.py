@@ -28,6 +28,7 @@ from ray_app.faults import Fault
 from ray_app.records import ChatReply, Message, Usage
 from ray_app.slots import Ending, RouteKey, Sample, Slots
 from ray_app.tokens import counter
+from ray_app.waits import waiting
 
 MAX_TRIES = 5
 BACKOFF_S = 0.5
@@ -153,7 +154,8 @@ class Router:
         began = loop.time()
         slots.pausing, slots.refusal = slots.pausing + 1, str(refusal)
         try:
-            await asyncio.sleep(min(asked_s + self._backoff_s(call.refusals), left_s))
+            with waiting():
+                await asyncio.sleep(min(asked_s + self._backoff_s(call.refusals), left_s))
         finally:
             slots.pausing -= 1
             waited_s = loop.time() - began
@@ -211,7 +213,8 @@ class Router:
         """A slot of `route`. The wait is of our own making: part of `queue_s`, not of the call's time."""
         loop = asyncio.get_running_loop()
         began = loop.time()
-        await route.slots.acquire()
+        with waiting():
+            await route.slots.acquire()
         call.deadline += loop.time() - began
 
     def _asked_s(self, call: _Call) -> float:

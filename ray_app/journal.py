@@ -33,6 +33,7 @@ from ray_app.records import (
     Usage,
     digest,
 )
+from ray_app.waits import waiting
 
 T = TypeVar("T")
 
@@ -289,7 +290,8 @@ class Journal:
 
     async def _admitted(self) -> None:
         if self.keeper is not None:
-            await self.keeper.admit(self.base.rollout_key, self.base.trial, self.base.attempt)
+            with waiting():
+                await self.keeper.admit(self.base.rollout_key, self.base.trial, self.base.attempt)
         self._check_open()
 
     def _check_open(self) -> None:

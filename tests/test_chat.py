@@ -13,11 +13,19 @@ import pytest
 from aiohttp import web
 
 from ray_app import chat, endpoint
+from ray_app.budgets import in_time
 from ray_app.chat import ChatRequest, Router
-from ray_app.config import Endpoint, ModelConfig, Price, Sampling
-from ray_app.errors import AccessDenied, ConfigError, ContextOverflow, EndpointError, Refusal
+from ray_app.config import Endpoint, ModelConfig, Price, Sampling, TaskLimits
+from ray_app.errors import (
+    AccessDenied,
+    ConfigError,
+    ContextOverflow,
+    EndpointError,
+    LimitReached,
+    Refusal,
+)
 from ray_app.journal import CHAT
-from ray_app.records import Message, Task, ToolCall, Usage
+from ray_app.records import ChatReply, Message, Task, ToolCall, Usage
 from ray_app.slots import MAX_SAMPLES, RouteKey, Sample, Slots
 from tests.model_server import GOOD, PAUSE_S, chunk, serving, usage
 from tests.stand_ins import MemoryLog, journal
@@ -404,6 +412,36 @@ async def test_a_call_waits_for_a_slot_of_its_route_and_its_own_time_stands_stil
         assert (await third).queue_s > 0.5
         assert [sample.ending for sample in slots.take()] == ["cancelled", "ok", "ok"]
         assert (slots.in_flight, slots.waiting) == (0, 0)
+
+
+async def test_a_task_has_its_time_limit_for_itself_and_not_for_its_waits() -> None:
+    busy: tuple[int, dict[str, str], dict[str, str]] = (429, {"message": "busy"}, {"retry-after": "0.4"})
+    limits = TaskLimits(wall_s=0.3)
+    async with serving(GOOD, busy, GOOD, "hang") as server, routed(server.url) as router:
+        slots = router.slots[RouteKey("m", server.url)]
+        slots.limit = 0
+
+        async def two_at_once() -> list[ChatReply]:
+            return list(await asyncio.gather(router.complete(REQUEST), router.complete(REQUEST)))
+
+        work = asyncio.create_task(in_time(two_at_once(), limits, "answer"))
+        done, _ = await asyncio.wait({work}, timeout=0.5)
+        assert not done and slots.waiting == 2
+        slots.limit = 1
+        # One of them is refused meanwhile, and waits for longer than the limit is.
+        assert [reply.content for reply in await work] == ["Hello", "Hello"]
+        began = time.monotonic()
+        with pytest.raises(LimitReached, match=r"no answer within 0\.3 s \(limits\.wall_s\)"):
+            await in_time(router.complete(REQUEST), limits, "answer")
+        assert time.monotonic() - began < 5
+        # The same where the task has been at work, waits, and then takes too long.
+        slots.limit = 0
+        work = asyncio.create_task(in_time(two_at_once(), limits, "answer"))
+        await asyncio.wait({work}, timeout=0.4)
+        assert slots.waiting == 2
+        slots.limit = 2
+        with pytest.raises(LimitReached):
+            await asyncio.wait_for(work, 5)
 
 
 async def test_samples_that_nobody_takes_do_not_pile_up() -> None:
