@@ -403,11 +403,16 @@ async def _drive(
     log.append(_mark("run_start", options, json.dumps(job.facts() | told)))
     for line in foretold.lines() if told and foretold else ():
         command.say(line)
-    display = Display(work.kept, marker=job.config.benchmark.upper(), console=command.console)
+    governor = bounded.governor
+    display = Display(
+        work.kept,
+        marker=job.config.benchmark.upper(),
+        console=command.console,
+        waits=lambda: _waits(governor),
+    )
     for task_id in _skipped(job, work):
         display.skipped(task_id)
     followed = pulse.Followed(display, work.kept)
-    governor = bounded.governor
 
     def figures() -> dict[str, Any]:
         return followed.figures() | governor.figures()
@@ -434,13 +439,19 @@ async def _drive(
         heart.close()
         await asyncio.to_thread(compactor.stop)
     log.append(_mark("run_end", options, tally.line()))
-    if tally.pending and not governor.may_spend:
+    if tally.pending and governor.stopped_for:
+        command.say(governor.stopped_for)
+    elif tally.pending and not governor.may_spend:
         command.say(
             f"limits.run_cost_usd: ${governor.spent_usd:.4f} of ${job.config.limits.run_cost_usd:g} spent; "
             "nothing more was called, and what is pending goes on with a higher limit and the same command"
         )
     stopped_by = caught[0] if caught and tally.pending > len(work.later) else None
     return Ending(tally, options.epoch, stopped_by, len(work.later))
+
+
+def _waits(governor: Governor) -> str:
+    return ", ".join(f"{n} calls of {model} wait for {url}" for model, url, n, _ in governor.refused())
 
 
 def _on_signal(number: int, caught: list[int], stop: asyncio.Event, command: Command) -> None:
