@@ -18,6 +18,7 @@ from tests.chaos.unavailable import Unavailable
 # Says at each line what its clocks show and how long waits of 0.1 s took; a child of it says what it is told.
 TELLS = """
 import ctypes, datetime, os, subprocess, sys, threading, time
+from ray_app import steady
 libc = ctypes.CDLL(None)
 class Moment(ctypes.Structure):
     _fields_ = [("seconds", ctypes.c_long), ("nanos", ctypes.c_long)]
@@ -37,7 +38,8 @@ for line in sys.stdin:
     child = subprocess.run(["date", "+%s"], capture_output=True, text=True).stdout
     waits = [waited(lambda: time.sleep(0.1)), waited(until_told), waited(until_a_moment)]
     open(line.strip(), "w").close()
-    print(time.time(), now, child.strip(), time.monotonic(), max(waits), flush=True)
+    wall = [time.time(), now, float(child), time.time() - steady.step_s()]
+    print(steady.now(), time.monotonic(), max(waits), *wall, flush=True)
 """
 
 
@@ -51,18 +53,19 @@ def test_a_step_moves_wall_time_at_once_and_neither_waits_nor_monotonic_time(tmp
     def off(process: subprocess.Popen[str]) -> list[float]:
         assert process.stdin is not None and process.stdout is not None
         print(touched, file=process.stdin, flush=True)
-        *wall, monotonic, waited = map(float, process.stdout.readline().split())
+        unmoved, monotonic, waited, *wall = map(float, process.stdout.readline().split())
+        assert abs(unmoved - time.time()) < 5, "a step does not move what events are stamped with"
         assert abs(monotonic - time.monotonic()) < 5
         assert 0.09 < waited < 3
         assert abs(touched.stat().st_mtime - time.time()) < 5
         return [round((told - time.time()) / 10) * 10.0 for told in wall]
 
     with _telling({**os.environ, **mine.environ}) as process:
-        assert off(process) == [0] * 3
+        assert off(process) == [0] * 4
         for seconds in (3600, -3600, 3 * 86400):
             with mine.stepped(seconds):
-                assert off(process) == [seconds] * 3
-            assert off(process) == [0] * 3
+                assert off(process) == [seconds] * 3 + [0]
+            assert off(process) == [0] * 4
 
 
 @contextmanager
