@@ -152,8 +152,15 @@ def status_of(
         workers=workers,
         spending=found.spending if found else None,
         errors=found.errors if found else [],
-        notes=notes + (_limits(figures) if is_driven else []),
+        notes=notes + ([*_refused(figures), *_limits(figures)] if is_driven else []),
     )
+
+
+def _refused(figures: Mapping[str, Any]) -> list[str]:
+    """The endpoints that take no calls now, and what they say of it."""
+    return [
+        f"{n} calls of {model} wait for {url}: {why}" for model, url, n, why in figures.get("refused", ())
+    ]
 
 
 def _limits(figures: Mapping[str, Any]) -> list[str]:

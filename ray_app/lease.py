@@ -145,6 +145,11 @@ class Lease:
             self._confirmed = began
 
     @property
+    def is_lost(self) -> bool:
+        """Another driver is known to have the run; no waiting mends that."""
+        return bool(self._lost)
+
+    @property
     def unconfirmed_s(self) -> float:
         """Seconds since it was known to be this driver's."""
         return self._age_s()

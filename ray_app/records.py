@@ -91,12 +91,14 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts as the endpoint reports them. Cached are of the prompt, reasoning of the completion."""
+    """Token counts as the endpoint reports them, or `is_estimated` where it reports none. Cached are of the
+    prompt, reasoning of the completion."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
     reasoning_tokens: int = 0
+    is_estimated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,3 +262,4 @@ class Event:
     context_tokens: int | None = None
     context_cut: int | None = None
     error_type: str | None = None  # the class behind `error`, which `error_kind` only groups
+    is_estimated: bool | None = None  # the tokens and their price: the endpoint told none
