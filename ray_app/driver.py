@@ -36,6 +36,7 @@ from ray_app import (
     route_limits,
     rundir,
     services,
+    steady,
 )
 from ray_app.adopt import Adoption
 from ray_app.chat import Router
@@ -316,7 +317,7 @@ def _attempt_deadline_s(wall_s: float | None) -> float | None:
 
 
 def _run(job: Job, work: planning.Plan, command: Command, held: lease.Lease) -> Ending:
-    started = time.time()
+    started, began = time.time(), steady.clock_s()
     ray_cluster.connect(command.say)
     raise_on_signals()  # Ray has put its own handler in place
     urls = _serve(job, command) if job.replays is None else {}
@@ -331,7 +332,9 @@ def _run(job: Job, work: planning.Plan, command: Command, held: lease.Lease) -> 
                 _drive(job, work, make_solver, options, command, log=log, held=held, bounded=bounded)
             )
     finally:
-        ray_cluster.keep_service_logs(job.run_dir, since=started)
+        # Where the clock was set back meanwhile, logs of this run are older than its beginning.
+        since = min(started, time.time() - (steady.clock_s() - began))
+        ray_cluster.keep_service_logs(job.run_dir, since=since)
 
 
 def _serve(job: Job, command: Command) -> dict[str, str]:
@@ -483,7 +486,7 @@ def raise_on_signals() -> None:
 
 
 def _mark(kind: EventKind, options: Options, detail: str) -> Event:
-    return Event(kind=kind, t_start=time.time(), run_id=options.run_id, epoch=options.epoch, detail=detail)
+    return Event(kind=kind, t_start=steady.now(), run_id=options.run_id, epoch=options.epoch, detail=detail)
 
 
 def _skipped(job: Job, work: planning.Plan) -> list[str]:

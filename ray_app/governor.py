@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ray_app import steady
 from ray_app.concurrency import Bounds, Controller, Observation
 from ray_app.quotas import Grant, Share, Use, WorkerReport, alone, held_back, split
 from ray_app.records import Event
@@ -184,4 +185,4 @@ class Governor:
 
 def _change(key: RouteKey, old: int | None, controller: Controller) -> Event:
     detail = {"old": old, "new": controller.limit, "reason": controller.reason}
-    return Event("limit", time.time(), model=key.model, endpoint=key.url, detail=json.dumps(detail))
+    return Event("limit", steady.now(), model=key.model, endpoint=key.url, detail=json.dumps(detail))

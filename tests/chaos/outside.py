@@ -133,6 +133,7 @@ class Web:
 
     server: TavilyServer
     door: Door
+    _loop: asyncio.AbstractEventLoop
 
     @property
     def environ(self) -> Mapping[str, str]:
@@ -151,19 +152,20 @@ class Web:
     @contextmanager
     def failing(self, status: int = 500) -> Iterator[None]:
         """Everything is answered with `status` inside."""
-        yield from self._faulty((status, {}))
-
-    @contextmanager
-    def hanging(self) -> Iterator[None]:
-        """Nothing that is asked inside is ever answered."""
-        yield from self._faulty("hang")
-
-    def _faulty(self, fault: Any) -> Iterator[None]:
-        self.server.faults["*"] = [fault]
+        self.server.faults["*"] = [(status, {})]
         try:
             yield
         finally:
             del self.server.faults["*"]
+
+    @contextmanager
+    def hanging(self) -> Iterator[None]:
+        """What is asked inside is answered at the end."""
+        self._loop.call_soon_threadsafe(self.server.gate.clear)
+        try:
+            yield
+        finally:
+            self._loop.call_soon_threadsafe(self.server.gate.set)
 
     def serve_config(self, cache: Path) -> dict[str, Any]:
         """`serve_config.yaml` with this web behind its retriever, its answers kept in `cache`."""
@@ -180,13 +182,14 @@ def web() -> Iterator[Web]:
     """A web search on loopback, in a thread of its own."""
     with ExitStack() as stack:
         server = _Everything((), {})
-        port = stack.enter_context(_serving(server))
-        yield Web(server, stack.enter_context(door(port)))
+        loop = stack.enter_context(_serving(server))
+        port = int(server.url.rpartition(":")[2])
+        yield Web(server, stack.enter_context(door(port)), loop)
 
 
 @contextmanager
-def _serving(server: TavilyServer) -> Iterator[int]:
-    """The port at which a thread serves it."""
+def _serving(server: TavilyServer) -> Iterator[asyncio.AbstractEventLoop]:
+    """The loop of a thread that serves it."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="chaos-web", daemon=True)
     thread.start()
@@ -197,7 +200,7 @@ def _serving(server: TavilyServer) -> Iterator[int]:
     running = serving(server)
     wait_for(running.__aenter__())
     try:
-        yield int(server.url.rpartition(":")[2])
+        yield loop
     finally:
         wait_for(running.__aexit__(None, None, None))
         loop.call_soon_threadsafe(loop.stop)
