@@ -6,20 +6,22 @@ Knows neither Ray nor the network: the pool brings reports and takes grants, the
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ray_app.concurrency import Bounds, Controller, Observation
+from ray_app.joint_limits import LEASE_S, TURN, RunShare, RunUse
 from ray_app.quotas import Grant, Share, Use, WorkerReport, alone, held_back, split
 from ray_app.records import Event
 from ray_app.slots import RouteKey, Sample
 
 # A little less than the second between two looks of the driver, or every other one would come to nothing.
 INTERVAL_S = 0.9
-# Where there are fewer places than workers that want one, they take turns of so many intervals.
-TURN = 5
+# That only a run's share of a limit has moved is worth an event after so long.
+MOVED_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +44,36 @@ class Policy:
 
 @dataclass
 class _Route:
+    """Its limit is a share of the joint one, or found by its own controller. `told`: of the last event."""
+
+    bounds: Bounds
     controller: Controller
     samples: list[Sample] = field(default_factory=list)
     preemptions: float | None = None
+    share: RunShare | None = None
+    is_begun: bool = False  # its limit has been in force
+    told: tuple[int, int, int] = (0, 1, 0)  # limit of all runs, how many they are, ours
+    told_s: float = 0.0
+
+    @property
+    def limit(self) -> int:
+        return self.controller.limit if self.share is None else self.share.now
+
+    def go_alone(self) -> None:
+        """Search from what cannot harm, up to what there was: the others may have been granted more since."""
+        share, self.share = self.share, None
+        if share is None or self.bounds.is_fixed:
+            return
+        if share.runs == 1:
+            self.controller = Controller.resumed(self.bounds, share.now, "alone")
+        else:
+            most = max(1, share.now, share.alone)
+            bounds = replace(self.bounds, most=min(self.bounds.most, most))
+            self.controller = Controller.resumed(bounds, share.alone, "alone: nothing heard of other runs")
 
 
 class Governor:
-    """For one event loop."""
+    """For one event loop. One that `is_shared` has its limits of `follow`, as long as that is called."""
 
     def __init__(
         self,
@@ -57,7 +82,9 @@ class Governor:
         workers: int = 1,
         pressure: Callable[[RouteKey], Pressure | None] = lambda key: None,
         clock: Callable[[], float] = time.monotonic,
+        is_shared: bool = False,
     ) -> None:
+        self.is_shared, self._followed_s = is_shared, -math.inf
         self._policy, self._pressure, self._clock = policy or Policy(), pressure, clock
         self._workers = workers
         self._routes: dict[RouteKey, _Route] = {}
@@ -87,11 +114,16 @@ class Governor:
         return not self.may_spend and all(r.has_stopped and r.open_calls == 0 for r in reports)
 
     def limits(self) -> dict[RouteKey, int]:
-        return {key: route.controller.limit for key, route in self._routes.items()}
+        return {key: route.limit for key, route in self._routes.items()}
 
     def figures(self) -> dict[str, Any]:
-        """For the status, from any thread: the limit of each route, and dollars spent where they have one."""
-        limits = [[key.model, key.url, route.controller.limit] for key, route in list(self._routes.items())]
+        """For the status, from any thread: the limit of each route, with that of all runs and their number
+        where they are several; dollars spent where they have a limit."""
+        limits = [
+            [*key, route.limit, *((share.limit, share.runs) if share and share.runs > 1 else ())]
+            for key, route in list(self._routes.items())
+            for share in [route.share]
+        ]
         spent = {} if self._policy.run_cost_usd is None else {"spent_usd": self.spent_usd}
         return {"limits": limits, **spent}
 
@@ -125,35 +157,68 @@ class Governor:
         if now - self._ticked_s < INTERVAL_S:
             return []
         self._ticked_s, self._ticks = now, self._ticks + 1
+        if self.is_shared and now - self._followed_s > LEASE_S:
+            for route in self._routes.values():
+                route.go_alone()
         for key, route in self._routes.items():
-            self._observe(key, route, now)
+            if route.share is None and self.may_spend:
+                seen = self._seen(key, route, now)
+                route.is_begun |= seen.in_flight > 0
+                route.controller.observe(seen)
+            self._tell(key, route, now)
             self._share(key, route)
         changes, self._changes = self._changes, []
         return changes
 
-    def _observe(self, key: RouteKey, route: _Route, now: float) -> None:
+    def uses(self) -> dict[RouteKey, RunUse]:
+        """What to tell of each route for the joint limits; each call counts once, here or in `tick`."""
+        now = self._clock()
+        return {
+            key: RunUse(
+                route.bounds, self._seen(key, route, now), route.limit if route.is_begun else None
+            )
+            for key, route in self._routes.items()
+        }
+
+    def follow(self, shares: Mapping[RouteKey, RunShare]) -> None:
+        """Go by this run's shares of the joint limits."""
+        self._followed_s = self._clock()
+        for key, share in shares.items():
+            route = self._routes[key]
+            route.share, route.is_begun = share, True
+            self._share(key, route)
+
+    def _seen(self, key: RouteKey, route: _Route, now: float) -> Observation:
         uses = [use for report in self._reports.values() if (use := report.uses.get(key))]
         pressure = self._pressure(key) or Pressure()
         before = route.preemptions
-        route.preemptions = pressure.preemptions
-        seen = Observation(
+        samples, route.samples, route.preemptions = route.samples, [], pressure.preemptions
+        return Observation(
             now,
-            route.samples,
+            samples,
             sum(use.in_flight for use in uses),
-            sum(use.waiting for use in uses),
+            sum(use.waiting for use in uses) if self.may_spend else 0,  # else for money
             pressure.kv_used,
             pressure.queued,
             0.0 if before is None else max(0.0, pressure.preemptions - before),
         )
-        route.samples = []
-        old = route.controller.limit
-        if self.may_spend and route.controller.observe(seen) != old:
-            self._changes.append(_change(key, old, route.controller))
+
+    def _tell(self, key: RouteKey, route: _Route, now: float) -> None:
+        """What is decided is an event at once; that only the share of it moved, now and then."""
+        share = route.share
+        limit, runs = (share.limit, share.runs) if share else (route.limit, 1)
+        is_moved = route.told[2] != route.limit and now - route.told_s >= MOVED_S
+        if is_moved or route.told[:2] != (limit, runs):
+            reason = share.reason if share else route.controller.reason
+            if route.told[0] == limit:
+                reason = "a share among runs" if runs > 1 else "no other run"
+            self._changes.append(_change(key, route.told[2], route, reason))
+            route.told, route.told_s = (limit, runs, route.limit), now
 
     def _share(self, key: RouteKey, route: _Route) -> None:
         nothing = Use((), 0, 0)
         uses = {name: report.uses.get(key, nothing) for name, report in self._reports.items()}
-        limit = route.controller.limit
+        limit = route.limit
         shares = split(limit, [use.demand for use in uses.values()], self._ticks // TURN)
         shares = held_back(shares, [use.in_flight for use in uses.values()])
         safe = alone(limit, len(uses))
@@ -163,12 +228,15 @@ class Governor:
     def _route(self, key: RouteKey) -> _Route:
         if key not in self._routes:
             bounds = self._policy.bounds.get(key, Bounds())
-            self._routes[key] = _Route(Controller(bounds))
-            self._changes.append(_change(key, None, self._routes[key].controller))
-            self._share(key, self._routes[key])
+            route = self._routes[key] = _Route(bounds, Controller(bounds))
+            route.told = (route.limit, 1, route.limit)
+            self._changes.append(_change(key, None, route, route.controller.reason))
+            self._share(key, route)
         return self._routes[key]
 
 
-def _change(key: RouteKey, old: int | None, controller: Controller) -> Event:
-    detail = {"old": old, "new": controller.limit, "reason": controller.reason}
+def _change(key: RouteKey, old: int | None, route: _Route, reason: str) -> Event:
+    detail: dict[str, Any] = {"old": old, "new": route.limit, "reason": reason}
+    if route.share and route.share.runs > 1:
+        detail |= {"all_runs": route.share.limit, "runs": route.share.runs}
     return Event("limit", time.time(), model=key.model, endpoint=key.url, detail=json.dumps(detail))
