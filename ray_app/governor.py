@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray_app.concurrency import Bounds, Controller, Observation
 from ray_app.joint_limits import LEASE_S, TURN, RunShare, RunUse
@@ -20,8 +20,6 @@ from ray_app.slots import RouteKey, Sample
 
 # A little less than the second between two looks of the driver, or every other one would come to nothing.
 INTERVAL_S = 0.9
-# That only a run's share of a limit has moved is worth an event after so long.
-MOVED_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +40,21 @@ class Policy:
     spent_before_usd: float = 0.0  # by earlier commands of this run
 
 
+class Decided(NamedTuple):
+    """A limit that so many runs share."""
+
+    limit: int
+    runs: int
+    reason: str
+
+    @property
+    def each(self) -> int:
+        return max(1, self.limit // self.runs)
+
+
 @dataclass
 class _Route:
-    """Its limit is a share of the joint one, or found by its own controller. `told`: of the last event."""
+    """Its limit is a share of the joint one, or found by its own controller. `told`: by the last event."""
 
     bounds: Bounds
     controller: Controller
@@ -52,12 +62,17 @@ class _Route:
     preemptions: float | None = None
     share: RunShare | None = None
     is_begun: bool = False  # its limit has been in force
-    told: tuple[int, int, int] = (0, 1, 0)  # limit of all runs, how many they are, ours
-    told_s: float = 0.0
+    told: Decided | None = None
 
     @property
     def limit(self) -> int:
         return self.controller.limit if self.share is None else self.share.now
+
+    @property
+    def decided(self) -> Decided:
+        if self.share is None:
+            return Decided(self.controller.limit, 1, self.controller.reason)
+        return Decided(self.share.limit, self.share.runs, self.share.reason)
 
     def go_alone(self) -> None:
         """Search from what cannot harm, up to what there was: the others may have been granted more since."""
@@ -165,7 +180,7 @@ class Governor:
                 seen = self._seen(key, route, now)
                 route.is_begun |= seen.in_flight > 0
                 route.controller.observe(seen)
-            self._tell(key, route, now)
+            self._tell(key, route)
             self._share(key, route)
         changes, self._changes = self._changes, []
         return changes
@@ -174,9 +189,7 @@ class Governor:
         """What to tell of each route for the joint limits; each call counts once, here or in `tick`."""
         now = self._clock()
         return {
-            key: RunUse(
-                route.bounds, self._seen(key, route, now), route.limit if route.is_begun else None
-            )
+            key: RunUse(route.bounds, self._seen(key, route, now), route.limit if route.is_begun else None)
             for key, route in self._routes.items()
         }
 
@@ -203,17 +216,12 @@ class Governor:
             0.0 if before is None else max(0.0, pressure.preemptions - before),
         )
 
-    def _tell(self, key: RouteKey, route: _Route, now: float) -> None:
-        """What is decided is an event at once; that only the share of it moved, now and then."""
-        share = route.share
-        limit, runs = (share.limit, share.runs) if share else (route.limit, 1)
-        is_moved = route.told[2] != route.limit and now - route.told_s >= MOVED_S
-        if is_moved or route.told[:2] != (limit, runs):
-            reason = share.reason if share else route.controller.reason
-            if route.told[0] == limit:
-                reason = "a share among runs" if runs > 1 else "no other run"
-            self._changes.append(_change(key, route.told[2], route, reason))
-            route.told, route.told_s = (limit, runs, route.limit), now
+    def _tell(self, key: RouteKey, route: _Route) -> None:
+        """A decision is an event; that a share of it moves with what runs want is none."""
+        decided, before = route.decided, route.told
+        if before is None or decided[:2] != before[:2]:
+            self._changes.append(_change(key, decided, before))
+            route.told = decided
 
     def _share(self, key: RouteKey, route: _Route) -> None:
         nothing = Use((), 0, 0)
@@ -229,14 +237,17 @@ class Governor:
         if key not in self._routes:
             bounds = self._policy.bounds.get(key, Bounds())
             route = self._routes[key] = _Route(bounds, Controller(bounds))
-            route.told = (route.limit, 1, route.limit)
-            self._changes.append(_change(key, None, route, route.controller.reason))
+            self._tell(key, route)
             self._share(key, route)
         return self._routes[key]
 
 
-def _change(key: RouteKey, old: int | None, route: _Route, reason: str) -> Event:
-    detail: dict[str, Any] = {"old": old, "new": route.limit, "reason": reason}
-    if route.share and route.share.runs > 1:
-        detail |= {"all_runs": route.share.limit, "runs": route.share.runs}
+def _change(key: RouteKey, decided: Decided, before: Decided | None) -> Event:
+    """Of a limit that runs share, `new` is an even share: what a run gets where all want more."""
+    reason = decided.reason
+    if before and before.limit == decided.limit:
+        reason = "shared with another run" if decided.runs > before.runs else "shared with fewer runs"
+    detail: dict[str, Any] = {"old": before.each if before else None, "new": decided.each, "reason": reason}
+    if decided.runs > 1:
+        detail |= {"all_runs": decided.limit, "runs": decided.runs}
     return Event("limit", time.time(), model=key.model, endpoint=key.url, detail=json.dumps(detail))

@@ -28,7 +28,7 @@ TURN = 5
 
 @dataclass(frozen=True, slots=True)
 class RunUse:
-    """What a run made of a route since it last told. `had`: the limit that it went by, None where it had none.
+    """What a run made of a route since it last told. `had`: the limit that it went by, where it had one.
 
     `seen.at_s` is of the run's own clock, and not used.
     """
@@ -159,7 +159,7 @@ class _Route:
         )
 
     def _bounds(self) -> Bounds:
-        """A fixed run takes what it takes, so no limit below that is one; the others have at least a place."""
+        """A fixed run takes what it takes: no limit below that is one. The others have at least a place."""
         uses = self.uses.values()
         adaptive = [use for use in uses if not use.bounds.is_fixed]
         fixed = [use.bounds.floor for use in uses if use.bounds.is_fixed and (use.wanted or not adaptive)]
