@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRA ?= cpu
 BIN := $(VENV)/bin
-BENCHES := analysis baseline chat concurrency engine retriever scheduling tau2
+BENCHES := analysis baseline chat concurrency engine retriever scheduling sharing tau2
 
 .PHONY: setup hle tau2 test test-long check bench chaos clean
 

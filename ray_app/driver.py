@@ -308,7 +308,8 @@ def _bounded(job: Job, urls: Mapping[str, str], options: Options) -> Bounded:
     if limit_usd is not None and (job.run_dir / "log").is_dir():
         before_usd = route_limits.spent_usd(job.run_dir)
     policy = Policy(route_limits.bounds(models, urls), limit_usd, before_usd)
-    return Bounded(Governor(policy, pressure=metrics.of, workers=options.workers), metrics)
+    governor = Governor(policy, pressure=metrics.of, workers=options.workers, is_shared=True)
+    return Bounded(governor, metrics)
 
 
 def _attempt_deadline_s(wall_s: float | None) -> float | None:

@@ -147,6 +147,16 @@ def _held(scene: Scene, what: str, fault: AbstractContextManager[object]) -> str
     return f"{what} for {held_s:.1f} s"
 
 
+def _web(scene: Scene) -> str:
+    """Its deployment dies, or what it pays for is away."""
+    kind = scene.rng.choice(("replica", "refused", "failing", "hanging"))
+    if kind == "replica":
+        return _killed("ray::ServeReplica:retriever:web")(scene)
+    web = scene.world.web
+    faults = {"refused": web.refused, "failing": web.failing, "hanging": web.hanging}
+    return _held(scene, f"the web search was {kind}", faults[kind]())
+
+
 def _s3(scene: Scene) -> str:
     if scene.rng.random() < 0.5:
         return _held(scene, "the object store stopped", scene.world.bucket.stopped())
@@ -186,7 +196,7 @@ BLOWS: Mapping[Kind, Callable[[Scene], str]] = {
     "model": _killed(REPLICAS["model"]),
     "proxy": _killed("ray::ProxyActor"),
     "controller": _killed("ray::ServeController"),
-    "web": _killed("ray::ServeReplica:retriever:web"),
+    "web": _web,
     "s3": _s3,
     "cluster": _cluster,
     "stop": _stop,

@@ -221,12 +221,6 @@ class Told:
         rows = self.answered()
         return len(rows) - len({_call(row) for row in rows})
 
-    def repeated_of_ended(self, moment: float) -> int:
-        """Model calls of later epochs that, in the first, had ended by `moment` (Unix seconds)."""
-        ended = {_call(row) for row in self.answered() if row["epoch"] == 1 and _end(row) < moment}
-        assert ended, "nothing had ended by then"
-        return sum(row["epoch"] > 1 and _call(row) in ended for row in self.answered())
-
     def check(self, expected: Answers) -> None:
         """A complete run: every answer as expected and counted once, no row twice, the summary says so."""
         assert self.answers() == expected
@@ -253,7 +247,3 @@ def _key(row: Mapping[str, Any]) -> tuple[str, int]:
 
 def _call(row: Mapping[str, Any]) -> tuple[str, int, str]:
     return row["rollout_key"], row["call_seq"], row["request_hash"]
-
-
-def _end(row: Mapping[str, Any]) -> float:
-    return float(row["t_start"].timestamp() + row["duration_s"])
