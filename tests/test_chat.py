@@ -366,6 +366,29 @@ async def test_endpoints_that_take_no_call_have_their_turns_until_one_does() -> 
         assert reply.endpoint == (there if first == 0 else here).url and 4 <= reply.retries <= 5
 
 
+async def test_an_endpoint_that_refuses_its_key_is_passed_over_while_another_takes_the_calls() -> None:
+    denial: tuple[int, dict[str, str], dict[str, str]] = (401, {"message": "bad key"}, {})
+    async with serving(denial) as locked, serving(GOOD) as good, routed(locked.url, good.url) as router:
+        replies = [await router.complete(of_session(number)) for number in range(12)]
+        assert router.slots[RouteKey("m", locked.url)].denial == f"endpoint {locked.url}: HTTP 401: bad key"
+    assert {reply.endpoint for reply in replies} == {good.url}
+    assert [reply.faults for reply in replies if reply.retries] == ["401"] and len(locked.requests) == 1
+
+
+async def test_only_where_all_endpoints_deny_whatever_is_asked_the_run_has_to_end() -> None:
+    denial: tuple[int, dict[str, str], dict[str, str]] = (403, {"message": "forbidden"}, {})
+    async with serving(denial) as one, serving(denial) as other, routed(one.url, other.url) as router:
+        slots = router.slots[RouteKey("m", other.url)]
+        # One task may be denied for its prompt, in all its attempts.
+        for session in (1, 1, 1, 2, 3):
+            assert slots.away == ""
+            with pytest.raises(AccessDenied, match="HTTP 403: forbidden") as caught:
+                await router.complete(of_session(session))
+            assert marks(caught.value)[2:] == (1, "403,403")
+        assert slots.away.startswith("model m: every call is denied: endpoint http")
+        assert "mend the key or models.m" in slots.away
+
+
 async def test_only_endpoints_that_answer_nobody_for_too_long_are_away() -> None:
     busy: tuple[int, dict[str, str], dict[str, str]] = (429, {"message": "busy"}, {})
     not_taken = r"model m: not taken by http\S+ within 0.2 s \(patience_s\): .*HTTP 429: busy"
