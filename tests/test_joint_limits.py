@@ -130,6 +130,8 @@ def test_a_run_that_ends_or_is_silent_leaves_its_places_and_one_that_wants_littl
         joint.leave(name)
     assert settled(6, f=3, g=500)["f"] == 3
     assert asked(joint, "g", use(7, 400, bounds=bounds)).runs == 2
+    # One that has nothing to do yet can begin at once, where there is room for a place more.
+    assert settled(6, f=0, g=500)["g"] == 9 and asked(joint, "f", use(0, bounds=bounds)).now == 1
     clock.now += LEASE_S + 1
     assert asked(joint, "g", use(7, 400, bounds=bounds)).runs == 1 and joint.runs == 1
 
@@ -140,13 +142,15 @@ def test_after_a_restart_runs_keep_what_they_had_until_all_were_heard_of() -> No
     assert asked(joint, "a", use(6, 100, had=7))[:3] == (7, 3, 7)
     assert asked(joint, "b", use(5, 100, had=5)).now == 5
     assert asked(joint, "c", use(0, 100)).now == 1  # which is new
+    assert asked(joint, "d", use(2, 0, had=3)).now == 3
+    joint.leave("d")  # what it had is the others' then
     clock.now = GATHER_S
-    assert asked(joint, "b", use(5, 100, had=5)).limit == 13
+    assert asked(joint, "b", use(5, 100, had=5)).limit == 16
     # From there on the limit is looked for, and is not what a new run would start with.
     for _ in range(4):
         clock.now += 1.0
         shares = [asked(joint, name, use(4, 100, had=4)).now for name in "abc"]
-    assert sorted(shares) == [4, 4, 5]
+    assert sorted(shares) == [5, 5, 6]
 
 
 def governed(clock: Clock, bounds: Bounds = FROM_100) -> Governor:

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,32 +177,31 @@ async def test_two_runs_share_one_limit_also_after_the_actor_that_decides_it_was
         folder.mkdir()
     runs = [asyncio.create_task(begin(*run)) for run in zip(folders, governors, stops, strict=True)]
 
-    async def until_shared(number: int) -> list[int]:
-        """The shares, once so many runs have equal ones of one limit."""
+    async def until(holds: Callable[[list[list[int]]], bool]) -> None:
+        """`holds` of each run's share, with the limit of all and their number where they are several."""
         async with asyncio.timeout(60):
-            while True:
-                limits = [governor.figures()["limits"][0][2:] for governor in governors[:number]]
-                told = [limit[1:] or [limit[0], 1] for limit in limits]
-                shares = [limit[0] for limit in limits]
-                if all(one == [sum(shares), number] for one in told) and max(shares) - min(shares) <= 1:
-                    return shares
+            while not holds([governor.figures()["limits"][0][2:] for governor in governors]):
                 await asyncio.sleep(0.05)
-                for run in runs[:number]:
-                    assert not run.done(), run.result()
+                assert not runs[0].done(), runs[0].result()
+
+    def are_even(limits: list[list[int]]) -> bool:
+        shares, limit = [one[0] for one in limits], sum(one[0] for one in limits)
+        is_whole = all(one[1:] == [limit, 2] for one in limits)
+        return is_whole and limit >= MOST_OPEN and max(shares) - min(shares) <= 1
 
     try:
-        assert min(await until_shared(2)) >= MOST_OPEN // 2
+        await until(are_even)
         actor = ray.get_actor(sharing.actor_name(), namespace=NAMESPACE)
         killed = (await actor.holds.remote())["pid"]
         os.kill(killed, signal.SIGKILL)
         async with asyncio.timeout(60):
             while not await decides_again(actor, killed):  # noqa: ASYNC110  (another process)
                 await asyncio.sleep(0.05)
-        assert min(await until_shared(2)) >= MOST_OPEN // 2
+        await until(are_even)
         # And one that ends says so: the other needs not wait for its lease.
         stops[1].set()
         assert (await runs[1]).counts["failed"] == 0
-        assert await until_shared(1) == [MOST_OPEN]
+        await until(lambda limits: limits[0] == [MOST_OPEN])
     finally:
         for stop in stops:
             stop.set()
