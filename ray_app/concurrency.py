@@ -35,6 +35,8 @@ USED = 0.9
 # A congested route keeps this share of what was open.
 DECREASE = 0.75
 GROWTH = 0.03
+# Of the limit: with fewer calls open and all others refused, none is served.
+OPEN_IN_VAIN = 0.1
 # A limit that holds nothing back for so long comes down to what is open, to be judged there.
 UNUSED_S = 120.0
 # Without congestion for so long, the limit is searched for by what it yields again.
@@ -211,6 +213,7 @@ class Controller:
             for sample in seen.samples
         )
         is_full = seen.pressure is not None and seen.pressure >= PRESSURE_FULL and bool(seen.queued)
+        told = told and not _takes_none(seen, self.limit)
         if not told and not is_full and seen.preemptions <= 0:
             return False
         # What was open before has to drain, and what was refused comes again: one episode.
@@ -342,3 +345,11 @@ class Controller:
         self._before = self.limit
         self.limit, self.reason = self._within(limit), f"{self.mode}: {reason}"
         self._changed_s, self._ended = seen.at_s, 0.0
+
+
+def _takes_none(seen: Observation, limit: int) -> bool:
+    """Whether every call is refused, as by a server that restarts: its limit says nothing of that, the calls'
+    own pauses keep them away, and a limit made of what is open then would be 1."""
+    refused = sum(sample.ending == "congested" for sample in seen.samples)
+    is_served = any(sample.ending == "ok" for sample in seen.samples)
+    return not is_served and seen.in_flight <= min(refused, max(1, round(OPEN_IN_VAIN * limit)))

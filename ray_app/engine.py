@@ -10,11 +10,11 @@ import asyncio
 import json
 import math
 import random
-import time
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
+from ray_app import steady
 from ray_app.checkpoint import CheckpointClient, connect
 from ray_app.errors import InfrastructureError, StorageError
 from ray_app.event_writer import EventWriter
@@ -285,7 +285,7 @@ def result_event(result: TaskResult, options: Options, sink: EventSink) -> Event
     body = {"prediction": result.prediction, "verdict": asdict(verdict) if verdict else None}
     return Event(
         kind="result",
-        t_start=time.time(),
+        t_start=steady.now(),
         duration_s=result.duration_s,
         run_id=options.run_id,
         epoch=options.epoch,

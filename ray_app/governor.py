@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from ray_app import steady
 from ray_app.concurrency import Bounds, Controller, Observation
 from ray_app.joint_limits import LEASE_S, TURN, RunShare, RunUse
 from ray_app.quotas import Grant, Share, Use, WorkerReport, alone, held_back, split
@@ -105,6 +106,7 @@ class Governor:
         self._routes: dict[RouteKey, _Route] = {}
         self._reports: dict[str, WorkerReport] = {}
         self._gone_usd = 0.0
+        self.stopped_for = ""  # why nothing more may be called, where it is not for want of money
         self._shares: dict[str, dict[RouteKey, Share]] = {}
         self._changes: list[Event] = []
         self._ticks, self._ticked_s = 0, clock()
@@ -120,11 +122,11 @@ class Governor:
     @property
     def may_spend(self) -> bool:
         limit = self._policy.run_cost_usd
-        return limit is None or self.spent_usd < limit
+        return not self.stopped_for and (limit is None or self.spent_usd < limit)
 
     @property
     def is_spent_out(self) -> bool:
-        """The limit is reached, and every worker has said that nothing of it is under way any more."""
+        """Nothing more may be called, and every worker has said that nothing is under way any more."""
         reports = self._reports.values()
         return not self.may_spend and all(r.has_stopped and r.open_calls == 0 for r in reports)
 
@@ -133,20 +135,32 @@ class Governor:
 
     def figures(self) -> dict[str, Any]:
         """For the status, from any thread: the limit of each route, with that of all runs and their number
-        where they are several; dollars spent where they have a limit."""
+        where they are several; the calls that it does not take with what it says; and dollars spent, where
+        they have a limit."""
         limits = [
             [*key, route.limit, *((share.limit, share.runs) if share and share.runs > 1 else ())]
             for key, route in list(self._routes.items())
             for share in [route.share]
         ]
         spent = {} if self._policy.run_cost_usd is None else {"spent_usd": self.spent_usd}
-        return {"limits": limits, **spent}
+        return {"limits": limits, "refused": self.refused(), **spent}
+
+    def refused(self) -> list[list[Any]]:
+        """Model, URL, calls that wait since it took none, and what it said, of each route that has some."""
+        found: dict[RouteKey, list[Any]] = {}
+        for report in list(self._reports.values()):
+            for key, use in report.uses.items():
+                if use.pausing:
+                    row = found.setdefault(key, [key.model, key.url, 0, use.refusal])
+                    row[2] += use.pausing
+        return list(found.values())
 
     def hear(self, worker: str, report: WorkerReport) -> None:
         """What `worker` reported; its samples count once."""
         self._reports[worker] = report
         for key, use in report.uses.items():
             self._route(key).samples.extend(use.samples)
+            self.stopped_for = self.stopped_for or use.away
 
     def lose(self, worker: str) -> None:
         """A worker that is gone has spent what it spent, and wants nothing."""
@@ -250,4 +264,4 @@ def _change(key: RouteKey, decided: Decided, before: Decided | None) -> Event:
     detail: dict[str, Any] = {"old": before.each if before else None, "new": decided.each, "reason": reason}
     if decided.runs > 1:
         detail |= {"all_runs": decided.limit, "runs": decided.runs}
-    return Event("limit", time.time(), model=key.model, endpoint=key.url, detail=json.dumps(detail))
+    return Event("limit", steady.now(), model=key.model, endpoint=key.url, detail=json.dumps(detail))
