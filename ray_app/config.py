@@ -28,7 +28,7 @@ OPERATIONAL_KEYS = frozenset(
     {"run_name", "concurrency", "workers", "attempts", "services", "endpoints_file", "prompts"}
 )
 # A price, too: one that is mended in mid-run changes the bill. What the orchestrator was told of it stays.
-MODEL_PLACE = frozenset({"endpoints", "timeout_s", "first_token_s", "stall_s", "price"})
+MODEL_PLACE = frozenset({"endpoints", "timeout_s", "first_token_s", "stall_s", "patience_s", "price"})
 CODE_PLACE = frozenset({"usd_per_s"})
 # Where a run stops for want of money, and goes on with more, is no part of what it measures.
 LIMITS_PLACE = frozenset({"run_cost_usd"})
@@ -109,7 +109,13 @@ class ModelConfig(Section):
     accepts_images: bool = False
     answer_format: Literal["tags", "boxed"] = "tags"
     timeout_s: float = Field(
-        600.0, gt=0, description="of a call with all its attempts, less its wait for a slot"
+        600.0, gt=0, description="of a call with all its attempts, less its waits for an endpoint"
+    )
+    patience_s: float = Field(
+        600.0,
+        gt=0,
+        description="how long a call waits for endpoints that take none (429, 502, 503, no connection); "
+        "where they answer nobody for so long, the run ends and can be resumed",
     )
     first_token_s: float | None = Field(
         None, gt=0, description="an endpoint that sends nothing for this long is given up for another attempt"

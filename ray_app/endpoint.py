@@ -62,6 +62,8 @@ class Route:
         self.key = RouteKey(model, url)
         self.slots = Slots()
         self.open = 0
+        self.answering = 0  # calls that it has taken and not ended
+        self.answered_at = float("-inf")  # monotonic
         self._faults = 0
         self._out_until = float("-inf")
         self._chat_url = _address(url, "/chat/completions")
@@ -84,6 +86,7 @@ class Route:
     def answered(self) -> None:
         """It works, whatever it said."""
         self._faults, self._out_until = 0, float("-inf")
+        self.answered_at = time.monotonic()
 
     def failed(self, fault: Fault) -> None:
         """A fault that says something of the endpoint. That it has too much to do now does not."""
@@ -112,7 +115,7 @@ class Route:
             ):
                 if reply.status != 200:
                     raise await self._refused(reply)
-                first = await reader.read(reply, timer)
+                first = await self._read(reader, reply, timer)
                 answer = reader.whole()
         except Fault as fault:
             raise self._discreet(fault) from None
@@ -145,6 +148,15 @@ class Route:
             raise faults.of_connection(error, self.url) from None
         except (ValueError, KeyError, TypeError) as error:
             raise malformed(self.url, f"no list of models ({faults.one_line(error)})") from None
+
+    async def _read(
+        self, reader: _Reader, reply: aiohttp.ClientResponse, timer: asyncio.Timeout
+    ) -> float | None:
+        self.answering += 1
+        try:
+            return await reader.read(reply, timer)
+        finally:
+            self.answering -= 1
 
     async def _refused(self, reply: aiohttp.ClientResponse) -> Fault:
         body = bytearray()

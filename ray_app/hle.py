@@ -39,6 +39,7 @@ from ray_app.tools.answer import FinalAnswer
 from ray_app.tools.base import Answer, Caller, Tool
 from ray_app.tools.reasoning import Reasoning, Sandbox
 from ray_app.tools.search import DocumentSource, Search
+from ray_app.waits import waiting
 from ray_app.worker import Solved
 
 
@@ -255,8 +256,12 @@ def sandbox_of(config: RunConfig, isolation: tuple[str, ...]) -> Sandbox | None:
     slots = asyncio.Semaphore(os.cpu_count() or 1)
 
     async def run(code: str) -> ExecutionResult:
-        async with slots:
+        with waiting():
+            await slots.acquire()
+        try:
             result = await run_python(code, limits, isolation)
+        finally:
+            slots.release()
         return replace(result, cost_usd=result.duration_s * config.code.usd_per_s)
 
     return run

@@ -34,7 +34,10 @@ class Use:
 
     samples: Sequence[Sample]
     in_flight: int
-    waiting: int
+    waiting: int  # `pausing` among them: calls that the endpoint did not take, for the reason `refusal`
+    pausing: int = 0
+    refusal: str = ""
+    away: str = ""  # why the run has to end: the model's endpoints have answered nothing for too long
 
     @property
     def demand(self) -> int:

@@ -13,11 +13,19 @@ import pytest
 from aiohttp import web
 
 from ray_app import chat, endpoint
+from ray_app.budgets import in_time
 from ray_app.chat import ChatRequest, Router
-from ray_app.config import Endpoint, ModelConfig, Price, Sampling
-from ray_app.errors import AccessDenied, ConfigError, ContextOverflow, EndpointError, Refusal
+from ray_app.config import Endpoint, ModelConfig, Price, Sampling, TaskLimits
+from ray_app.errors import (
+    AccessDenied,
+    ConfigError,
+    ContextOverflow,
+    EndpointError,
+    LimitReached,
+    Refusal,
+)
 from ray_app.journal import CHAT
-from ray_app.records import Message, Task, ToolCall, Usage
+from ray_app.records import ChatReply, Message, Task, ToolCall, Usage
 from ray_app.slots import MAX_SAMPLES, RouteKey, Sample, Slots
 from tests.model_server import GOOD, PAUSE_S, chunk, serving, usage
 from tests.stand_ins import MemoryLog, journal
@@ -40,6 +48,7 @@ def of_session(number: int) -> ChatRequest:
 @pytest.fixture(autouse=True)
 def _quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(chat, "MAX_BACKOFF_S", 0.1)
 
 
 @asynccontextmanager
@@ -310,12 +319,70 @@ async def test_an_endpoint_that_asks_for_time_has_it_although_another_fails_mean
     assert waited_s >= 1.0
 
 
-async def test_a_wait_that_does_not_fit_the_deadline_is_not_begun() -> None:
-    later = (429, {"message": "slow down"}, {"Retry-After": "30"})
-    async with serving(later) as server, routed(server.url, timeout_s=5.0) as router:
-        with pytest.raises(EndpointError, match=r"within 5 s: .*HTTP 429: slow down"):
+@pytest.mark.parametrize(("status", "bound"), [(429, "patience_s"), (500, "timeout_s")])
+async def test_a_wait_that_does_not_fit_its_bound_is_not_begun(status: int, bound: str) -> None:
+    later = (status, {"message": "slow down"}, {"Retry-After": "30"})
+    settings: dict[str, Any] = {bound: 5.0}
+    async with serving(later) as server, routed(server.url, **settings) as router:
+        with pytest.raises(EndpointError, match=rf"within 5 s.*: .*HTTP {status}: slow down"):
             await asyncio.wait_for(router.complete(REQUEST), 2)
     assert len(server.requests) == 1
+
+
+async def test_what_an_endpoint_does_not_take_is_waited_for_and_is_no_part_of_the_tries_or_the_time() -> None:
+    refused: list[Any] = [(status, {"message": "not now"}, {}) for status in (429, 503, 502, 529)] * 3
+    async with serving(*refused, BROKEN, GOOD) as server, routed(server.url, timeout_s=0.6) as router:
+        reply = await asyncio.wait_for(router.complete(REQUEST), 10)
+        slots = router.slots[RouteKey("m", server.url)]
+        assert (slots.pausing, slots.refusal, slots.away) == (0, "", "")
+    assert (reply.retries, reply.faults) == (13, "429,503,502,529," * 3 + "500")
+    assert reply.queue_s > 0.6
+
+
+async def test_a_server_that_restarts_costs_a_wait_that_can_be_seen() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/v1"
+    async with routed(url) as router, asyncio.timeout(10):
+        slots = router.slots[RouteKey("m", url)]
+        calls = [asyncio.create_task(router.complete(of_session(number))) for number in range(8)]
+        while slots.pausing < 8:  # noqa: ASYNC110  (a few turns of the loop)
+            await asyncio.sleep(0)
+        assert (slots.in_flight, slots.waiting) == (0, 8) and "no connection" in slots.refusal
+        async with serving(GOOD, port=port):
+            replies = await asyncio.gather(*calls)
+    assert {reply.endpoint for reply in replies} == {url} and slots.waiting == 0
+    assert all(reply.faults.startswith("connect") for reply in replies)
+
+
+async def test_endpoints_that_take_no_call_have_their_turns_until_one_does() -> None:
+    refusal: tuple[int, dict[str, str], dict[str, str]] = (503, {"message": "full"}, {})
+    for first in range(2):  # whichever is at home
+        behaviours: list[list[Any]] = [[refusal], [refusal, refusal, GOOD]]
+        one, other = behaviours[first], behaviours[1 - first]
+        async with serving(*one) as here, serving(*other) as there, routed(here.url, there.url) as router:
+            reply = await asyncio.wait_for(router.complete(REQUEST), 5)
+        assert reply.endpoint == (there if first == 0 else here).url and 4 <= reply.retries <= 5
+
+
+async def test_only_endpoints_that_answer_nobody_for_too_long_are_away() -> None:
+    busy: tuple[int, dict[str, str], dict[str, str]] = (429, {"message": "busy"}, {})
+    not_taken = r"model m: not taken by http\S+ within 0.2 s \(patience_s\): .*HTTP 429: busy"
+    async with serving([GOOD[0], "hang"], busy) as server, routed(server.url, patience_s=0.2) as router:
+        slots = router.slots[RouteKey("m", server.url)]
+        answered = asyncio.create_task(router.complete(REQUEST))
+        await server.until_asked(1)
+        with pytest.raises(EndpointError, match=not_taken):
+            await router.complete(REQUEST)
+        assert slots.away == ""  # it works for another
+        answered.cancel()
+        await asyncio.gather(answered, return_exceptions=True)
+        before = len(server.requests)
+        with pytest.raises(EndpointError, match=not_taken) as caught:
+            await router.complete(REQUEST)
+        assert slots.away.startswith(f"model m: {server.url} answered nothing for 0.2 s")
+        assert marks(caught.value)[2] == len(server.requests) - before - 1
 
 
 def test_tokens_that_a_service_counts_apart_make_no_call_cheaper_than_free() -> None:
@@ -345,6 +412,36 @@ async def test_a_call_waits_for_a_slot_of_its_route_and_its_own_time_stands_stil
         assert (await third).queue_s > 0.5
         assert [sample.ending for sample in slots.take()] == ["cancelled", "ok", "ok"]
         assert (slots.in_flight, slots.waiting) == (0, 0)
+
+
+async def test_a_task_has_its_time_limit_for_itself_and_not_for_its_waits() -> None:
+    busy: tuple[int, dict[str, str], dict[str, str]] = (429, {"message": "busy"}, {"retry-after": "0.4"})
+    limits = TaskLimits(wall_s=0.3)
+    async with serving(GOOD, busy, GOOD, "hang") as server, routed(server.url) as router:
+        slots = router.slots[RouteKey("m", server.url)]
+        slots.limit = 0
+
+        async def two_at_once() -> list[ChatReply]:
+            return list(await asyncio.gather(router.complete(REQUEST), router.complete(REQUEST)))
+
+        work = asyncio.create_task(in_time(two_at_once(), limits, "answer"))
+        done, _ = await asyncio.wait({work}, timeout=0.5)
+        assert not done and slots.waiting == 2
+        slots.limit = 1
+        # One of them is refused meanwhile, and waits for longer than the limit is.
+        assert [reply.content for reply in await work] == ["Hello", "Hello"]
+        began = time.monotonic()
+        with pytest.raises(LimitReached, match=r"no answer within 0\.3 s \(limits\.wall_s\)"):
+            await in_time(router.complete(REQUEST), limits, "answer")
+        assert time.monotonic() - began < 5
+        # The same where the task has been at work, waits, and then takes too long.
+        slots.limit = 0
+        work = asyncio.create_task(in_time(two_at_once(), limits, "answer"))
+        await asyncio.wait({work}, timeout=0.4)
+        assert slots.waiting == 2
+        slots.limit = 2
+        with pytest.raises(LimitReached):
+            await asyncio.wait_for(work, 5)
 
 
 async def test_samples_that_nobody_takes_do_not_pile_up() -> None:
@@ -404,6 +501,27 @@ async def test_reasoning_is_no_part_of_the_answer_but_its_first_token_is_the_fir
     async with serving(late) as server, routed(server.url) as router:
         reply = await router.complete(REQUEST)
     assert reply.content == "ab" and reply.decode_s > 0.9 * PAUSE_S
+
+
+async def test_a_call_whose_endpoint_tells_no_usage_is_counted_here_and_priced() -> None:
+    log, book_of = MemoryLog(), Task("t", "q", "a")
+    call = {"index": 0, "id": "t", "function": {"name": "answer", "arguments": "{}"}}
+    silent = [
+        chunk({"reasoning": "x" * 39}),
+        chunk({"content": "Hello there!", "tool_calls": [call]}, "stop"),
+    ]
+    async with serving(silent, GOOD) as server, routed(server.url) as router:
+        book = journal(book_of, log)
+        replies = [await book.call(CHAT, {}, lambda: router.complete(REQUEST)) for _ in range(2)]
+    # "hi" in its message; two words and a mark, a name with its brackets, and ten tokens of thought.
+    assert replies[0].usage == Usage(1 + 8, 3 + 3 + 10, reasoning_tokens=10, is_estimated=True)
+    assert replies[0].cost_usd == pytest.approx((9 * 2 + 16 * 10) / 1e6)
+    assert book.cost_usd == book.paid_usd == pytest.approx(replies[0].cost_usd + replies[1].cost_usd)
+    rows = log.of("model_call")
+    assert [(row.prompt_tokens, row.is_estimated) for row in rows] == [(9, True), (1000, None)]
+    # What an endpoint told is recorded as ever, to the byte.
+    told = [json.loads(log.bodies[row.payload_hash])["usage"] for row in rows]
+    assert "is_estimated" not in told[1] and CHAT.decode(log.bodies[rows[0].payload_hash], {}) == replies[0]
 
 
 async def test_a_redirect_is_not_followed_and_a_key_is_never_repeated() -> None:
