@@ -127,9 +127,11 @@ def status_of(
     """The state of the run at this moment. Raises RunDirError where there is no run."""
     _check_run(run_dir)
     now = clock()
-    counted, found, notes = _read_log(run_dir, now)
     driver, epoch = _driver(run_dir, now)
     told = [status for status in pulse.read(run_dir) if status.epoch == epoch]
+    # The time that the log would show now: it knows nothing of a clock that was set in mid-run.
+    log_now = now - next((status.clock_step_s for status in told if status.name == DRIVER), 0.0)
+    counted, found, notes = _read_log(run_dir, log_now)
     workers = [_process(status, now) for status in told if status.name != DRIVER]
     waiting = [status for status in told if _life(status, now) not in ("ended", "lost")]
     is_driven = driver is not None and driver.life in ("alive", "silent")
@@ -146,7 +148,7 @@ def status_of(
         progress=progress,
         in_flight=_groups(waiting, now),
         calls=calls[:SHOWN_CALLS],
-        slow_tasks=_slow_tasks(found.open_tasks, calls, now)[:SHOWN_TASKS] if found and is_driven else [],
+        slow_tasks=_slow_tasks(found.open_tasks, calls, log_now)[:SHOWN_TASKS] if found and is_driven else [],
         workers=workers,
         spending=found.spending if found else None,
         errors=found.errors if found else [],
@@ -163,7 +165,12 @@ def _refused(figures: Mapping[str, Any]) -> list[str]:
 
 def _limits(figures: Mapping[str, Any]) -> list[str]:
     """The most calls that each route may have open now, as the driver decided."""
-    return [f"Limit of {model} at {url}: {limit} calls" for model, url, limit in figures.get("limits", ())]
+    return [_limit(*limit) for limit in figures.get("limits", ())]
+
+
+def _limit(model: str, url: str, limit: int, all_runs: int = 0, runs: int = 1) -> str:
+    shared = f", of {all_runs} that {runs} runs share" if runs > 1 else ""
+    return f"Limit of {model} at {url}: {limit} calls{shared}"
 
 
 def _check_run(run_dir: Path) -> None:

@@ -99,7 +99,7 @@ def classify(status: int, said: Complaint, url: str, headers: Mapping[str, str])
         refused = f"{about} (code {code})" if code == "content_filter" else about
         return Fault(str(status), Refusal(refused))
     if status >= 500 or status in RETRIED_STATUS:
-        wait_s = _retry_after_s(headers, time.time())
+        wait_s = _retry_after_s(headers, _now(headers))
         return Fault(str(status), EndpointError(about), wait_s, is_refusal=status in REFUSED_STATUS)
     if 300 <= status < 400:
         # Followed, it would be unknown who answered, and who got the key.
@@ -167,6 +167,11 @@ def _retry_after_s(headers: Mapping[str, str], now: float) -> float:
     except ValueError:
         seconds = _time_of(asked, now) - now
     return min(max(0.0, seconds), MAX_RETRY_AFTER_S)  # in this order, what is no number is 0
+
+
+def _now(headers: Mapping[str, str]) -> float:
+    """The time of who answers: its clock and ours may be hours apart."""
+    return _time_of(headers.get("date", ""), time.time())
 
 
 def _time_of(date: str, otherwise: float) -> float:

@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
+from ray_app import steady
 from ray_app.errors import Diverged, EvalError, InfrastructureError, kind_of, recorded
 from ray_app.records import (
     ChatReply,
@@ -166,7 +167,7 @@ class Journal:
     paid_usd: float = 0.0
     live_model_calls: int = 0
     replayed: int = 0
-    clock: Callable[[], float] = time.time
+    clock: Callable[[], float] = steady.now
     timer: Callable[[], float] = time.monotonic
     watch: Watch | None = None
     keeper: Keeper | None = None

@@ -208,7 +208,7 @@ class TaskResult:
 class Event:
     """One row of the event log, not to be changed once it is appended.
 
-    `t_start` is wall time (Unix seconds), `*_s` are monotonic spans.
+    `t_start` is wall time (Unix seconds) that no step of the clock moves, `*_s` are monotonic spans.
     `payload_hash` points into the payload table; `request_hash` is the digest of what was asked, so
     that a replay can tell whether a recorded reply still answers the same request. `context_tokens` is the
     gathered text in a prompt, `context_cut` what had no room; an `overflow` is a prompt that the endpoint
