@@ -34,12 +34,14 @@ from ray_app.recorded import records
 from ray_app.records import ChatReply, Event, Task, TaskResult
 from ray_app.tau2 import review
 from ray_app.tau2.run import read_tasks as read_dialogues
+from ray_app.tau2.service_desk.domain import NAME
 from ray_app.tools.base import Caller
 from tests.baseline.serving import serving as serving_baseline
 from tests.model_server import chunk, serving, usage
 from tests.stand_ins import FixedRetriever, MemoryLog, ScriptedModel, chooses, config, says
 from tests.tau2 import desk
 from tests.tau2.desk import BaselineModel
+from tests.tau2.replays import PROMPTS
 
 # id -> (reference, what the rollout answers, what the first judge says; None where it is not asked)
 QUESTIONS: Mapping[str, tuple[str, str, bool | None]] = {
@@ -357,8 +359,8 @@ JUDGED = desk.RAW["unlock_password"]["evaluation_criteria"] | {
 async def make_dialogues(folder: Path) -> Path:
     """A tau2 run of three tasks as it was left: one owed by its judge, one right, one wrong."""
     settings, run_dir = desk.config(), folder / "run"
-    data = read_dialogues(settings, {desk.NAME: desk.DESK})
-    identity = {"prompt_digest": desk.PROMPTS.digest, "tasks_digest": data.digest}
+    data = read_dialogues(settings, {NAME: desk.DESK})
+    identity = {"prompt_digest": PROMPTS.digest, "tasks_digest": data.digest}
     rundir.open_run(run_dir, settings, identity)
     log = EventWriter(run_dir, "e0001-w000-test")
     log.append(Event("run_start", 1.0, epoch=1, detail=json.dumps({"planned": 3})))
@@ -370,7 +372,7 @@ async def make_dialogues(folder: Path) -> Path:
     }
     for task, model in models.items():
         solved = await desk.solver(model).solve(task, Journal(task, log, base(task)))
-        result = TaskResult(task.task_id, task.rollout_key, task.judge_key, 0, 1, "ok", category=desk.NAME)
+        result = TaskResult(task.task_id, task.rollout_key, task.judge_key, 0, 1, "ok", category=NAME)
         ended = "ok" if solved.verdict else "owed"
         await commit(log, run_dir, result, outcome=ended, prediction="user_stop", verdict=solved.verdict)
     log.close()

@@ -24,6 +24,7 @@ from ray_app.tau2.run import ReplayInWorker, Tau2Solver
 from tests.ray_marks import RAY
 from tests.replayed_runs import ENDS, TASKS, LiveInWorker, drive, replayed
 from tests.tau2 import desk
+from tests.tau2.replays import PROMPTS
 
 pytestmark = RAY
 
@@ -80,7 +81,7 @@ async def test_dialogues_replay_to_equal_ones_and_another_prompt_or_seed_diverge
         ("same", settings, 0),
         ("seed", settings.model_copy(update={"seed": 5}), len(tasks)),
     ):
-        make = ReplayInWorker(now, desk.PROMPTS, None)
+        make = ReplayInWorker(now, PROMPTS, None)
         await drive(tmp_path / name, make, tasks, replays=run_dir)
         found = compare(traces(run_dir), traces(tmp_path / name), len(tasks))
         assert (found.replayed, len(found.diverged)) == (len(tasks), diverged)
