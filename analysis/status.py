@@ -165,7 +165,12 @@ def _refused(figures: Mapping[str, Any]) -> list[str]:
 
 def _limits(figures: Mapping[str, Any]) -> list[str]:
     """The most calls that each route may have open now, as the driver decided."""
-    return [f"Limit of {model} at {url}: {limit} calls" for model, url, limit in figures.get("limits", ())]
+    return [_limit(*limit) for limit in figures.get("limits", ())]
+
+
+def _limit(model: str, url: str, limit: int, all_runs: int = 0, runs: int = 1) -> str:
+    shared = f", of {all_runs} that {runs} runs share" if runs > 1 else ""
+    return f"Limit of {model} at {url}: {limit} calls{shared}"
 
 
 def _check_run(run_dir: Path) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ray_app.goodput import KEPT, NARROW, WIDE, Goodput
@@ -89,6 +89,10 @@ class Bounds:
     floor: int = 1
     most: int = 1024
 
+    @property
+    def is_fixed(self) -> bool:
+        return self.floor == self.most
+
 
 @dataclass
 class Controller:
@@ -112,6 +116,21 @@ class Controller:
         self._tells_work, self._looked_far = False, 0
         self._before = 0  # the limit before this one
         self._pace = 0.0  # calls that ended a second at the limit before, in slow start
+
+    @classmethod
+    def resumed(cls, bounds: Bounds, limit: int, reason: str) -> Controller:
+        """Goes on from `limit`, which another found: it is searched for from there, without a slow start."""
+        controller = cls(replace(bounds, start=limit), reason)
+        controller._begin_climb(controller.limit, -1)
+        return controller
+
+    def rebound(self, bounds: Bounds) -> None:
+        """Go on within other bounds, with all that was learned."""
+        self.bounds = bounds
+        self._best = self._within(self._best)
+        if (limit := self._within(self.limit)) != self.limit:
+            self._before, self.limit, self._ended = self.limit, limit, 0.0
+            self.reason = f"{self.mode}: within {bounds.floor} to {bounds.most}"
 
     def observe(self, seen: Observation) -> int:
         """The limit from now on, never below the floor."""

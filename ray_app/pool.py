@@ -131,6 +131,11 @@ class WorkerPool:
             )
         self._beating = asyncio.create_task(self._beat())
 
+    def grant(self) -> None:
+        """Tell every worker now what it may do: it hears of it before a task that is given to it later."""
+        for seat in self._seats:
+            self._exchange(seat)
+
     async def solve(self, item: WorkItem, deaths: int) -> Report:
         """The report of one attempt of a task that was there at `deaths` deaths of workers.
 

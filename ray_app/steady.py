@@ -14,9 +14,10 @@ LEAST_STEP_S = 0.5
 
 def clock_s() -> float:
     """Seconds that nobody sets, and that go on while the machine sleeps."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.clock_gettime(_CLOCK)
 
 
+_CLOCK: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # the former on Linux only
 _BEGAN = time.time() - clock_s()
 
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from tests.chaos.job import Carried
     from tests.chaos.world import World
 
-# How long what is held up or away stays so.
-OUTAGE_S = (1.5, 8.0)
 VICTIM_S = 60.0
 STEPS_S = (-86_400, -3600, -2, 2, 3600, 86_400)
 REPLICAS = {"retriever": "ray::ServeReplica:retriever:retriever", "model": "ray::ServeReplica:baseline"}
@@ -46,6 +44,7 @@ class Scene:
     world: World
     job: Carried
     rng: random.Random
+    outages_s: tuple[float, float]
 
     def strike(self, kind: Kind) -> str:
         """Strike, undo what the blow holds, start again what only a person would; what was hit, in words."""
@@ -61,7 +60,7 @@ class Scene:
         return self.rng.choice(found)
 
     def outage_s(self) -> float:
-        return self.rng.uniform(*OUTAGE_S)
+        return self.rng.uniform(*self.outages_s)
 
 
 def _killed(title: str) -> Callable[[Scene], str]:
@@ -147,6 +146,16 @@ def _held(scene: Scene, what: str, fault: AbstractContextManager[object]) -> str
     return f"{what} for {held_s:.1f} s"
 
 
+def _web(scene: Scene) -> str:
+    """Its deployment dies, or what it pays for is away."""
+    kind = scene.rng.choice(("replica", "refused", "failing", "hanging"))
+    if kind == "replica":
+        return _killed("ray::ServeReplica:retriever:web")(scene)
+    web = scene.world.web
+    faults = {"refused": web.refused, "failing": web.failing, "hanging": web.hanging}
+    return _held(scene, f"the web search was {kind}", faults[kind]())
+
+
 def _s3(scene: Scene) -> str:
     if scene.rng.random() < 0.5:
         return _held(scene, "the object store stopped", scene.world.bucket.stopped())
@@ -186,7 +195,7 @@ BLOWS: Mapping[Kind, Callable[[Scene], str]] = {
     "model": _killed(REPLICAS["model"]),
     "proxy": _killed("ray::ProxyActor"),
     "controller": _killed("ray::ServeController"),
-    "web": _killed("ray::ServeReplica:retriever:web"),
+    "web": _web,
     "s3": _s3,
     "cluster": _cluster,
     "stop": _stop,

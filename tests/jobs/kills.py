@@ -34,14 +34,14 @@ class Job:
     cluster: Cluster
     witness: Witness
     run_dir: Path
-    script: str = "jobs/hle.py"
+    limit: int  # of questions
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def start(self, concurrency: int, **environ: str) -> subprocess.Popen[str]:
         endpoint = f"models.baseline.endpoints=[{{base_url: {self.witness.url}}}]"
-        where = ("--run-dir", str(self.run_dir))
+        where = ("--run-dir", str(self.run_dir), "--limit", f"{self.limit}")
         settings = ("--set", endpoint, "--set", f"concurrency={concurrency}")
-        self.started.append(self.cluster.job(*where, *settings, script=self.script, **environ))
+        self.started.append(self.cluster.job(*where, *settings, **environ))
         return self.started[-1]
 
     def end(self) -> None:
@@ -221,12 +221,6 @@ class Told:
         rows = self.answered()
         return len(rows) - len({_call(row) for row in rows})
 
-    def repeated_of_ended(self, moment: float) -> int:
-        """Model calls of later epochs that, in the first, had ended by `moment` (Unix seconds)."""
-        ended = {_call(row) for row in self.answered() if row["epoch"] == 1 and _end(row) < moment}
-        assert ended, "nothing had ended by then"
-        return sum(row["epoch"] > 1 and _call(row) in ended for row in self.answered())
-
     def check(self, expected: Answers) -> None:
         """A complete run: every answer as expected and counted once, no row twice, the summary says so."""
         assert self.answers() == expected
@@ -253,7 +247,3 @@ def _key(row: Mapping[str, Any]) -> tuple[str, int]:
 
 def _call(row: Mapping[str, Any]) -> tuple[str, int, str]:
     return row["rollout_key"], row["call_seq"], row["request_hash"]
-
-
-def _end(row: Mapping[str, Any]) -> float:
-    return float(row["t_start"].timestamp() + row["duration_s"])
