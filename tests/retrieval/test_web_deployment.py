@@ -86,6 +86,7 @@ async def test_a_known_question_with_few_hits_gets_pages_once_paid_and_others_ge
     assert sum(each.cost_usd for each in found) == pytest.approx(0.014)
 
 
+@pytest.mark.long
 async def test_a_fallback_that_dies_with_its_question_is_asked_again(running: Running) -> None:
     async with running.web("https://e.example") as web:
         web.gate.clear()
