@@ -6,6 +6,7 @@ again small, which must hide no growth: the oldest worker is never killed, and s
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -89,7 +90,8 @@ class Watch:
         now_s = time.monotonic() - self._began
         if self.done >= self.tasks and self.all_done_s is None:
             self.all_done_s = now_s
-        files = [path for table in ("log", "payloads") for path in log_files(self.run_dir / table)]
+        folders = [folder for name in ("log", "payloads") if (folder := self.run_dir / name).is_dir()]
+        files = [path for folder in folders for path in log_files(folder)]
         sizes = list(map(_size, files))
         held = tuple(_processes(self.driver))
         self.samples.append(Sample(now_s, self.done, held, sum(sizes), len(sizes)))
@@ -138,8 +140,9 @@ class Watch:
         return statistics.median(map(measure, near))
 
     def growth(self, measure: Measure, since: float) -> float:
-        """The level at the end over that at the share `since` of the tasks."""
-        return self.level(1.0, measure) / self.level(since, measure)
+        """The level at the end over that at the share `since` of the tasks; no number where that is nothing."""
+        before = self.level(since, measure)
+        return self.level(1.0, measure) / before if before else math.nan
 
 
 def _size(path: Path) -> int:
