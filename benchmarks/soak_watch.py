@@ -140,7 +140,7 @@ class Watch:
         return statistics.median(map(measure, near))
 
     def growth(self, measure: Measure, since: float) -> float:
-        """The level at the end over that at the share `since` of the tasks; no number where that is nothing."""
+        """The level at the end over that at the share `since` of the tasks; no number where that is 0."""
         before = self.level(since, measure)
         return self.level(1.0, measure) / before if before else math.nan
 
