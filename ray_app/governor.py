@@ -92,8 +92,9 @@ class Governor:
     def figures(self) -> dict[str, Any]:
         """For the status, from any thread: the limit of each route, and dollars spent where they have one."""
         limits = [[key.model, key.url, route.controller.limit] for key, route in list(self._routes.items())]
-        spent = {} if self._policy.run_cost_usd is None else {"spent_usd": self.spent_usd}
-        return {"limits": limits, **spent}
+        most_usd = self._policy.run_cost_usd
+        budget = {} if most_usd is None else {"spent_usd": self.spent_usd, "limit_usd": most_usd}
+        return {"limits": limits, **budget}
 
     def hear(self, worker: str, report: WorkerReport) -> None:
         """What `worker` reported; its samples count once."""
