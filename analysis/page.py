@@ -84,7 +84,8 @@ def write_page(
     """
     log = open_run(run_dir, replace(selection, all_runs=True), COLUMNS_READ)
     withheld = gated_reason(log.facts) if redact is None else "asked for by --redact" if redact else ""
-    questions = Questions() if withheld else questions_of(run_dir, log.facts)
+    is_dialogue = log.facts.get("benchmark") == "tau2"  # what was asked is told by its user
+    questions = Questions() if withheld or is_dialogue else questions_of(run_dir, log.facts)
     figures, tasks, words = figures_of(log), tasks_of(log), Vocabulary(log)
     index = index_of(tasks, words)
     with Texts(log, withheld=bool(withheld)) as texts:
@@ -96,6 +97,7 @@ def write_page(
         **{"name": Path(log.name).name, "run": log.name, "state": figures.run.state},
         **{"made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"), "withheld": withheld},
         **{"note": questions.note, "absence": log.absence or "", "cut": CUT_BYTES, "exit_zero": EXIT_ZERO},
+        "is_dialogue": is_dialogue,
         **{
             "text_bytes": packed.most.text,
             "document_bytes": packed.most.document,

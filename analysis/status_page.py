@@ -38,10 +38,10 @@ def page(run: RunStatus) -> RenderableType:
     parts += [Text(plain(note, 300), style="yellow") for note in run.notes]
     rows = [[_what(group), str(group.n), duration(group.oldest_s)] for group in run.in_flight]
     parts += _grid("In flight", ["call", "n", "oldest"], rows)
-    rows = [_task_row(slow) for slow in run.slow_tasks]
     rows = [_limit_row(route) for route in run.limits]
     columns = ["model", "endpoint", "most at once", "open", "changed", "from", "why"]
     parts += _grid("Limits of calls in flight", columns, rows)
+    rows = [_task_row(slow) for slow in run.slow_tasks]
     parts += _grid("Slowest tasks", ["for", "task", "turn", "waits for"], rows)
     parts += _grid("Longest calls", names, [_call_row(call) for call in run.calls if not call.is_stuck])
     rows = [

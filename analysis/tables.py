@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
+from typing import Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -131,7 +132,7 @@ def overview_rows(run: RunSummary) -> list[tuple[str, str]]:
     """The run in names and values: where its tasks are, how right, how sure, how long, how dear."""
     account, totals = run.accounting, run.totals
     facts = [
-        (name, plain(value, 100))
+        (name, _fact(value))
         for name, value in run.facts.items()
         if value and name not in ("planned", "forecast")
     ]
@@ -176,11 +177,19 @@ def _foretold(found: Sequence[Foretold]) -> Table:
     return table
 
 
+def _fact(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return plain(", ".join(f"{number(count)} {name}" for name, count in value.items()), 100)
+    return plain(value, 100)
+
+
 def _judged(run: RunSummary) -> str:
     found = run.coverage
     how = [
         f"{count} {name}" for count, name in ((found.by_judge, "by the judge"), (found.exact, "exact match"))
     ]
+    if rest := found.judged - found.by_judge - found.exact - found.empty:
+        how = [part for part in how if not part.startswith("0 ")] + [f"{rest} by reward"]
     how += [f"{found.empty} empty"] if found.empty else []
     return f"{percent(found.share)} of all planned ({found.judged}: {', '.join(how)})"
 

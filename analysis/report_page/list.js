@@ -16,7 +16,7 @@ const HEADS = [
 const ABOUT = T.id.map((id, task) => [id, STATES[task], ...[T.category, T.type, T.error, T.method].map((column) => word(column[task])),
   ...[...T.tools[task], ...T.models[task]].map(word)].join("\n").toLowerCase());
 const FILTERS = [
-  ["state", (task) => [STATES[task]]], ["category", (task) => [word(T.category[task])]], ["tool", (task) => T.tools[task].map(word)],
+  ["trial", (task) => [String(T.trial[task])]], ["state", (task) => [STATES[task]]], ["category", (task) => [word(T.category[task])]], ["tool", (task) => T.tools[task].map(word)],
   ["model", (task) => T.models[task].map(word)], ["error", (task) => [word(T.error[task])]], ["answer type", (task) => [word(T.type[task])]],
 ];
 const view = { words: "", chosen: {}, sort: 0, down: false, order: T.id.map((_, task) => task), selected: 0, top: 0, search: 0, matched: null };

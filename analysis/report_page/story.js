@@ -61,9 +61,15 @@ function turnNode(rows, zero, task, words) {
     steps.map((row) => stepNode(row, zero, task, words)));
 }
 
+// In a dialogue: who speaks to whom. An agent's turn may be an expert's.
+function speaks(row) {
+  const isUser = row.role === "user", who = isUser ? "user" : row.role === "orchestrator" ? "agent" : `agent (${row.role})`;
+  return `${who} \u2192 ${row.pieces.some((piece) => piece.name === "chose") ? "tools" : isUser ? "agent" : "user"}`;
+}
+
 function stepNode(row, zero, task, words) {
   const opinion = row.kind === "verdict" && row.role === "judge";
-  const name = opinion ? "second opinion" : row.role || (row.kind === "tool_call" ? row.tool : row.kind);
+  const name = opinion ? "second opinion" : D.is_dialogue && row.kind === "model_call" ? speaks(row) : row.role || (row.kind === "tool_call" ? row.tool : row.kind);
   const stages = ["queue", "prefill", "decode"].filter((stage) => row[stage] !== null).map((stage) => `${stage} ${span(row[stage])}`);
   const bits = [
     row.alias, row.model, row.endpoint && `at ${row.endpoint}`, span(row.took) + (stages.length ? ` (${stages.join(", ")})` : ""),
