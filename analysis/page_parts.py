@@ -228,7 +228,7 @@ def lettered(body: bytes) -> str:
     bits = np.concatenate([np.unpackbits(np.frombuffer(body, np.uint8)), np.zeros(over, np.uint8)])
     values = bits.reshape(-1, _BITS) @ (1 << np.arange(_BITS - 1, -1, -1, dtype=np.int32))
     letters = np.concatenate([[over], values]) + _FIRST_LETTER
-    return letters.astype("<u2").tobytes().decode("utf-16-le")
+    return str(letters.astype("<u2").tobytes(), "utf-16-le")
 
 
 def unlettered(text: str) -> bytes:

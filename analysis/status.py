@@ -162,6 +162,8 @@ def status_of(
     figures = next((status.figures for status in told if status.name == DRIVER), {})
     progress = _progress(counted, figures, now, is_driven=is_driven)
     problems = _problems(driver, workers if is_driven else [], calls, progress, stuck_after_s)
+    if imported := counted.facts.get("imported") if counted else None:
+        problems, notes = [], [*notes, f"Imported ({imported}): nothing drives this run, nothing resumes it."]
     return RunStatus(
         run_dir=object_store.place(run_dir),
         state=_state(driver, problems, is_driven, progress),

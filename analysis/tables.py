@@ -148,7 +148,7 @@ def overview_rows(run: RunSummary) -> list[tuple[str, str]]:
         ("calibration", _calibration(run)),
         ("failures", _kinds(run.failures)),
         *([("limits", _kinds(run.limits))] if run.limits else []),
-        ("cost", f"{usd(totals.cost_usd)}, of which counted results {usd(totals.counted_cost_usd)}"),
+        ("cost", _cost(run)),
         *([("cost of a task", _task_cost(run.task_cost))] if totals.cost_usd else []),
         ("tokens", _tokens(run)),
         ("prompts cut", f"{number(totals.cut_prompts)} ({totals.overflows} too long for the endpoint)"),
@@ -175,6 +175,13 @@ def _foretold(found: Sequence[Foretold]) -> Table:
         tasks = number(row.left) if row.done >= row.left else f"{row.done} of {row.left} done"
         add_row(table, [str(row.epoch), tasks, *wall, *cost])
     return table
+
+
+def _cost(run: RunSummary) -> str:
+    totals = run.totals
+    if run.facts.get("imported") and not totals.cost_usd:
+        return f"{DASH} The imported logs tell none."
+    return f"{usd(totals.cost_usd)}, of which counted results {usd(totals.counted_cost_usd)}"
 
 
 def _fact(value: Any) -> str:

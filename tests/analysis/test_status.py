@@ -280,3 +280,10 @@ def kill_after_start(code: str, run_dir: Path) -> None:
     with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "up\n"
         other.kill()
+
+
+def test_an_imported_run_is_not_said_to_be_resumable(tmp_path: Path) -> None:
+    write_run(tmp_path, [run_start(2, imported="hle.log"), result("a", "ok", True)])
+    run = status_of(tmp_path)
+    assert (run.state, run.exit_code, run.problems) == ("ended", 0, [])
+    assert any("Imported (hle.log)" in note for note in run.notes)
