@@ -37,6 +37,7 @@ Rows = Mask | Ints  # which rows: a mask over all, or their positions (quicker w
 BASE = ("kind", "role", "alias", "tool", "model", "status", "exit_status", "is_replayed", "epoch")
 FACTS = ("t_start", "detail")
 WORK = ("prompt_tokens", "cached_tokens", "completion_tokens", "cost_usd")
+TOKENS = ("prompt_tokens", "completion_tokens")
 STAGES = ("duration_s", "queue_s", "prefill_s", "decode_s", "search_backend")
 SPANS = ("task_id", "trial", "attempt", "worker", "t_start")
 RESULTS = (
@@ -67,6 +68,7 @@ EVERY = tuple(
             "web_calls",
             "context_cut",
             "endpoint",
+            "is_estimated",
         )
     )
 )

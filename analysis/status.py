@@ -107,12 +107,15 @@ class Progress:
 class RouteLimit:
     """How many calls may be open at a model's endpoint now, as the driver decided, and its last change.
 
-    `open` counts the model's calls that are, None where it has more endpoints than one: calls name none.
+    `all_runs` is the limit that `runs` runs share, None where this is the only one. `open` counts the model's
+    calls that are, None where it has more endpoints than one: calls name none.
     """
 
     model: str
     endpoint: str
     limit: int
+    all_runs: int | None
+    runs: int
     open: int | None
     changed: LimitChange | None
 
@@ -152,9 +155,11 @@ def status_of(
     """The state of the run at this moment. Raises RunDirError where there is no run."""
     _check_run(run_dir)
     now = clock()
-    counted, found, notes = _read_log(run_dir, now)
     driver, epoch = _driver(run_dir, now)
     told = [status for status in pulse.read(run_dir) if status.epoch == epoch]
+    # The time that the log would show now: it knows nothing of a clock that was set in mid-run.
+    log_now = now - next((status.clock_step_s for status in told if status.name == DRIVER), 0.0)
+    counted, found, notes = _read_log(run_dir, log_now)
     workers = [_process(status, now) for status in told if status.name != DRIVER]
     waiting = [status for status in told if _life(status, now) not in ("ended", "lost")]
     is_driven = driver is not None and driver.life in ("alive", "silent")
@@ -173,31 +178,40 @@ def status_of(
         progress=progress,
         in_flight=_groups(waiting, now),
         calls=calls[:SHOWN_CALLS],
-        slow_tasks=_slow_tasks(found.open_tasks, calls, now)[:SHOWN_TASKS] if found and is_driven else [],
+        slow_tasks=_slow_tasks(found.open_tasks, calls, log_now)[:SHOWN_TASKS] if found and is_driven else [],
         workers=workers,
         spending=found.spending if found else None,
         errors=found.errors if found else [],
-        notes=notes,
+        notes=notes + (_refused(figures) if is_driven else []),
         limits=_limits(figures, waiting, found.changes if found else {}) if is_driven else [],
         budget=_budget(figures),
     )
+
+
+def _refused(figures: Mapping[str, Any]) -> list[str]:
+    """The endpoints that take no calls now, and what they say of it."""
+    return [
+        f"{n} calls of {model} wait for {url}: {why}" for model, url, n, why in figures.get("refused", ())
+    ]
 
 
 def _limits(
     figures: Mapping[str, Any], told: Sequence[Status], changes: Mapping[tuple[str, str], LimitChange]
 ) -> list[RouteLimit]:
     routes = figures.get("limits", ())
-    places = Counter(model for model, _, _ in routes)
+    places = Counter(route[0] for route in routes)
     calls = Counter[str]()
     for group in (group for status in told for group in status.groups):
         calls[group.model] += group.n
     return [
         RouteLimit(
             *(model, url, limit),
+            all_runs=shared[0] if shared else None,
+            runs=shared[1] if shared else 1,
             open=calls[model] if places[model] == 1 else None,
             changed=changes.get((model, url)),
         )
-        for model, url, limit in routes
+        for model, url, limit, *shared in routes
     ]
 
 

@@ -15,13 +15,13 @@ import numpy as np
 
 from analysis.calibration import Calibration, calibration
 from analysis.foretold import Foretold, foretold
-from analysis.log import RESULTS, WORK, Mask, RunLog, counts
+from analysis.log import RESULTS, TOKENS, WORK, Mask, RunLog, counts
 from analysis.numbers import Accounting, Counted, Interval, accounting, wald_interval, wilson_interval
 from analysis.spending import COLUMNS as SPENDING
 from analysis.spending import SpendRow, TaskCost, spending, task_cost
 
 State = Literal["empty", "not ended", "ended"]
-COLUMNS = (*WORK, *RESULTS, *SPENDING, "duration_s", "call_seq", "retries", "context_cut")
+COLUMNS = (*WORK, *RESULTS, *SPENDING, "duration_s", "call_seq", "retries", "context_cut", "is_estimated")
 _MARKS = ("result", "run_start", "run_end")
 
 
@@ -76,7 +76,8 @@ class Totals:
     `invalid_turns` are those in which the orchestrator called no tool that it was offered.
     `repeated_calls` are model calls that succeeded before and were made again, as after a crash.
     `counted_cost_usd` is the part of `cost_usd` that the tasks with a counted result took, in all their
-    attempts. `cut_prompts` had no room for all that was gathered; `overflows` were prompts that an endpoint
+    attempts. `estimated_tokens` are those, prompt and completion, that no endpoint told.
+    `cut_prompts` had no room for all that was gathered; `overflows` were prompts that an endpoint
     called too long although they had been counted. `wall_s` adds up the time that each epoch was at work, so
     that the pause before a resume is no part of it.
     """
@@ -91,6 +92,7 @@ class Totals:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    estimated_tokens: int = 0
     cost_usd: float = 0.0
     counted_cost_usd: float = 0.0
     cut_prompts: int = 0
@@ -289,6 +291,7 @@ def _totals(log: RunLog, results: RunLog, segments: list[Segment]) -> Totals:
         repeated_calls=_repeated(log, calls),
         retries=int(total("retries", calls)),
         **{name: int(total(name, calls)) for name in WORK[:3]},
+        estimated_tokens=int(sum(total(name, calls & log.is_true("is_estimated")) for name in TOKENS)),
         cost_usd=total("cost_usd", paid),
         counted_cost_usd=float(np.nansum(results.numbers("cost_usd"))),
         cut_prompts=int((np.nan_to_num(log.numbers("context_cut")[calls]) > 0).sum()),

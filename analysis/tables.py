@@ -86,7 +86,10 @@ def usage_page(found: Usage) -> RenderableType:
         add_row(table, [row.tool if row.tool != before else "", row.model or DASH, *cells])
         before = row.tool
     total = sum(row.cost_usd for row in found.rows)
-    return Group(Text(plain(found.run, 120), style="bold"), table, Text(f"Cost in all: {usd(total)}"))
+    all_tokens = sum(row.tokens for row in found.rows)
+    estimated = _estimated(sum(row.estimated_tokens for row in found.rows), all_tokens)
+    lines = Text(f"Cost in all: {usd(total)}\nTokens in all: {number(all_tokens)}{estimated}")
+    return Group(Text(plain(found.run, 120), style="bold"), table, lines)
 
 
 def duration_page(found: Duration) -> RenderableType:
@@ -319,4 +322,9 @@ def interval(found: Interval | None) -> str:
 def _tokens(run: RunSummary) -> str:
     totals = run.totals
     prompt, cached = number(totals.prompt_tokens), number(totals.cached_tokens)
-    return f"{prompt} prompt ({cached} cached), {number(totals.completion_tokens)} completion"
+    told = f"{prompt} prompt ({cached} cached), {number(totals.completion_tokens)} completion"
+    return told + _estimated(totals.estimated_tokens, totals.prompt_tokens + totals.completion_tokens)
+
+
+def _estimated(part: int, whole: int) -> str:
+    return f"; {percent(part / whole)} of them estimated, with their cost" if part else ""

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from analysis.log import STAGES, WORK, Floats, Mask, RunLog, sums
+from analysis.log import STAGES, TOKENS, WORK, Floats, Mask, RunLog, sums
 from analysis.numbers import ordered, quantiles
 from analysis.timing import TOOLS
 
-COLUMNS = (*WORK, *STAGES)
+COLUMNS = (*WORK, *STAGES, "is_estimated")
 OTHER_WORK = ("orchestrator", "user", "judge", "retrieval", "code")
 ROLES = ("orchestrator", "user", "judge")
 
@@ -44,7 +44,7 @@ class UsageRow:
     """Calls of one tool with one model, or of another kind of work (then `share_of_all` is None).
 
     `share` is of the calls of that tool, `share_of_all` of all tool calls, `success` the fraction of calls
-    that ended well (None where none was made).
+    that ended well (None where none was made). `estimated_tokens` are those that no endpoint told.
     """
 
     tool: str
@@ -57,6 +57,7 @@ class UsageRow:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    estimated_tokens: int
     cost_usd: float
 
     @property
@@ -118,6 +119,8 @@ def _by_model(log: RunLog, work: _Work) -> list[UsageRow]:
     calls = np.bincount(codes[work.calls], minlength=size)
     errors = np.bincount(codes[work.calls & log.is_error], minlength=size)
     spent = {name: sums(codes[work.payers], log.numbers(name)[work.payers], size) for name in WORK}
+    guessed = work.payers & log.is_true("is_estimated")
+    estimated = {name: sums(codes[guessed], log.numbers(name)[guessed], size) for name in TOKENS}
     used = np.flatnonzero(calls + np.bincount(codes[work.payers], minlength=size))
     rows = [
         UsageRow(
@@ -129,6 +132,7 @@ def _by_model(log: RunLog, work: _Work) -> list[UsageRow]:
             errors=int(errors[code]),
             success=float(1 - errors[code] / calls[code]) if calls[code] else None,
             **{name: int(spent[name][code]) for name in WORK[:3]},
+            estimated_tokens=int(sum(of[code] for of in estimated.values())),
             cost_usd=float(spent["cost_usd"][code]),
         )
         for code in used
@@ -147,7 +151,7 @@ def _tool_row(log: RunLog, work: _Work, total: int) -> ToolRow:
     calls, is_tool = int(work.calls.sum()), work.name not in OTHER_WORK
     times = ordered(log.numbers("duration_s")[work.calls & log.timed])
     p50, p90, p99 = quantiles(times, [0.5, 0.9, 0.99]).tolist() if len(times) else [None] * 3
-    tokens = sum(_total(log.numbers(name), work.payers) for name in ("prompt_tokens", "completion_tokens"))
+    tokens = sum(_total(log.numbers(name), work.payers) for name in TOKENS)
     return ToolRow(
         name=work.name,
         calls=calls,

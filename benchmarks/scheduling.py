@@ -1,9 +1,9 @@
 """What order is worth, and how often a forecast holds: `python -m benchmarks.scheduling`.
 
 Virtual time, but order, sample and forecast are the product's own (`scheduling_world.py`); then one real run
-through the engine (pilot, forecast, rest) with a solver that only takes its time and two runs that share an
-endpoint. Judged: lognormal durations (sigma 0.7), 2,500 tasks, 512 at once, a pilot of 5 %, a prior run whose
-logarithms correlate by 0.7. Other shapes stand beside that. `--quick` is smaller and judges nothing.
+through the engine (pilot, forecast, rest) with a solver that only takes its time. Judged: lognormal durations
+(sigma 0.7), 2,500 tasks, 512 at once, a pilot of 5 %, a prior run whose logarithms correlate by 0.7. Other
+shapes stand beside that. `--quick` is smaller and judges nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from benchmarks import thrash
 from benchmarks.figures import Figure, report
 from benchmarks.scheduling_run import real
 from benchmarks.scheduling_world import Floats, Shape, Told, after_pilot, world
@@ -132,26 +131,11 @@ def _width(found: list[Told]) -> float:
     return median((one.wall_s.high - one.wall_s.low) / one.actual_s for one in found)
 
 
-def shared_figures() -> Iterator[Figure]:
-    """Two runs, each with its own limits, on one endpoint: how even their shares come to be."""
-    for name, curve in thrash.CURVES.items():
-        found = [thrash.shared(curve, starts, 6000, seed=1) for starts in ((64, 64), (8, 256))]
-        for starts, one in zip(("64 and 64", "8 and 256"), found, strict=True):
-            label = f"two runs on one endpoint, {name}, from {starts}"
-            yield Figure(f"{label}: smaller share of the second half's work", min(one.shares))
-            yield Figure(f"{label}: together, of the best fixed limit's", one.rate / thrash.best(curve).rate)
-    capped = thrash.shared(thrash.SEED, (8, 256), 6000, seed=1, capacity=96)
-    yield Figure(
-        "the same where more than 96 open are refused, from 8 and 256: smaller share", min(capped.shares)
-    )
-
-
 def measure(sizes: Sizes) -> Iterator[Figure]:
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
         yield from order_figures(sizes, pool)
         yield from forecast_figures(sizes, pool)
     if sizes.real_tasks:
-        yield from shared_figures()
         with tempfile.TemporaryDirectory(prefix="bench-scheduling-") as folder:
             yield from asyncio.run(real(Path(folder), sizes.real_tasks, sizes.real_slots, sizes.real_mean_s))
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import heapq
 import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -106,6 +106,11 @@ class VirtualEngine:
         heapq.heappush(self.open, (self.service + work, self.now, work))
         return work
 
+    def drop(self, works: Collection[float]) -> None:
+        """The callers of these calls hang up."""
+        self.open = [call for call in self.open if call[2] not in works]
+        heapq.heapify(self.open)
+
     def run(self, until: float) -> list[tuple[float, float]]:
         """Advance to the next end of a call or to `until`; (duration, work) of what ended."""
         if self.now >= self.pace_until:
@@ -164,64 +169,3 @@ def simulate(
             samples = []
             tick += 1.0
     return Yield(ended, works, limits)
-
-
-class Shared(NamedTuple):
-    """Of runs that share an endpoint, over the second half of their calls: shares of the work, its rate."""
-
-    shares: Sequence[float]
-    rate: float
-    refused: int
-
-
-@dataclass
-class _Run:
-    controller: Controller
-    open: int = 0
-    samples: list[Sample] = field(default_factory=list)
-
-
-def shared(
-    curve: Curve,
-    starts: Sequence[int],
-    calls: int,
-    *,
-    seed: int = 0,
-    tail: float = 1.0,
-    drift: float = 0.05,
-    capacity: int | None = None,
-) -> Shared:
-    """Runs that know nothing of each other, each with a controller of its own and callers without end.
-
-    Beyond `capacity` calls open in all, one more is refused at once.
-    """
-    engine = VirtualEngine(curve, random.Random(seed), tail, drift)
-    lot = random.Random(seed)
-    runs = [_Run(Controller(Bounds(start=start, most=MOST))) for start in starts]
-    owners: dict[float, _Run] = {}  # by the work of a call, of which no two are equal
-    done: list[tuple[float, float, int]] = []
-    refused, tick = 0, 1.0
-    while len(done) < calls:
-        hungry = [run for run in runs if run.open < run.controller.limit]
-        while hungry and (capacity is None or len(engine.open) < capacity):
-            run = lot.choice(hungry)
-            owners[engine.begin()] = run
-            run.open += 1
-            hungry = [one for one in hungry if one.open < one.controller.limit]
-        for duration, work in engine.run(tick):
-            run = owners.pop(work)
-            run.open -= 1
-            run.samples.append(Sample("ok", duration, completion_tokens=round(work * 500)))
-            done.append((engine.now, work, runs.index(run)))
-        if engine.now >= tick:
-            for run in runs:
-                if capacity is not None and run.open < run.controller.limit:
-                    run.samples.append(Sample("congested", 0.0))
-                    refused += 1
-                run.controller.observe(Observation(engine.now, run.samples, run.open, MOST))
-                run.samples = []
-            tick += 1.0
-    late = done[calls // 2 :]
-    whole = sum(work for _, work, _ in late)
-    shares = [sum(work for _, work, owner in late if owner == n) / whole for n in range(len(runs))]
-    return Shared(shares, whole / (late[-1][0] - late[0][0]), refused)

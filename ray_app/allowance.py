@@ -35,9 +35,15 @@ class Allowance:
     def may_spend(self) -> bool:
         return self._grant.may_spend
 
+    @property
+    def may_fail(self) -> bool:
+        """Whether what ends badly now counts: not once the run is about to stop, for want of money or of an
+        endpoint."""
+        return self.may_spend and not any(slots.away for slots in self._slots.values())
+
     def exchange(self, grant: Grant, node: str) -> WorkerReport:
         """Take what is granted from now on; what has happened since the last time."""
-        uses = {key: Use(slots.take(), slots.in_flight, slots.waiting) for key, slots in self._slots.items()}
+        uses = {key: use_of(slots) for key, slots in self._slots.items()}
         # A call that waits for its place has not gone out.
         open_calls = max(0, self._open_calls() - sum(use.waiting for use in uses.values()))
         report = WorkerReport(node, uses, self.spent_usd, open_calls, not self.may_spend)
@@ -70,3 +76,8 @@ class Allowance:
     def close(self) -> None:
         if self._watching is not None:
             self._watching.cancel()
+
+
+def use_of(slots: Slots) -> Use:
+    counts = slots.in_flight, slots.waiting, slots.pausing
+    return Use(slots.take(), *counts, slots.refusal, slots.denial, slots.away)

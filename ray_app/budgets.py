@@ -1,4 +1,8 @@
-"""Budgets of one task: wall time, tokens, dollars. Reaching one is an outcome of the task, no error."""
+"""Budgets of one task: wall time, tokens, dollars. Reaching one is an outcome of the task, no error.
+
+Wall time stands still while a call waits for its turn (`waits.py`): what other tasks do, or an endpoint that
+is away, is no reason to end this one.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import asyncio
 from collections.abc import Awaitable
 from typing import TypeVar
 
+from ray_app import waits
 from ray_app.config import TaskLimits
 from ray_app.errors import LimitReached
 from ray_app.journal import Journal
@@ -15,10 +20,13 @@ T = TypeVar("T")
 
 async def in_time(work: Awaitable[T], limits: TaskLimits, what: str) -> T:
     """The outcome of `work`. Raises LimitReached where there is no `what` within `limits.wall_s`."""
+    if limits.wall_s is None:
+        return await work
     deadline = asyncio.timeout(limits.wall_s)
     try:
         async with deadline:
-            return await work
+            with waits.of_this_attempt().standing_still(deadline):
+                return await work
     except TimeoutError:
         if not deadline.expired():
             raise  # of something inside, and no limit of the task

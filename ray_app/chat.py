@@ -2,7 +2,8 @@
 
 A route is what the config says: model -> endpoints. Keys in the environment change nothing; the
 variable that an endpoint names is read when its route is made and sent to that endpoint only.
-All retries of a model call happen here (bounded, with jitter); a deadline covers all attempts.
+All retries of a model call happen here, with jitter. What may have been paid for is tried a few times, within
+the call's deadline. What the endpoint did not take cost nothing: it is waited for, `patience_s` long.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ray_app import estimate
 from ray_app import probe as probing
 from ray_app.balance import Homes
 from ray_app.config import ModelConfig, Price, Sampling
 from ray_app.connections import Connections
 from ray_app.endpoint import Answered, Route, TimeLimits, endpoint_url
-from ray_app.errors import EndpointError, Refusal
+from ray_app.errors import EndpointError, EvalError, Refusal
 from ray_app.faults import Fault
 from ray_app.records import ChatReply, Message, Usage
 from ray_app.slots import Ending, RouteKey, Sample, Slots
+from ray_app.tokens import counter
+from ray_app.waits import waiting
 
 MAX_TRIES = 5
 BACKOFF_S = 0.5
@@ -58,8 +62,12 @@ class _Call:
     deadline: float
     body: bytes
     route: Route | None = None
+    tries: int = 0  # that the endpoint took
+    refusals: int = 0
+    waited_s: float = 0.0  # after refusals
     faults: list[str] = field(default_factory=list)
     failed: dict[str, float] = field(default_factory=dict)  # URL -> when it may be asked again
+    denied: set[str] = field(default_factory=set)  # URLs that would deny it again
 
     def marked(self, error: BaseException) -> None:
         """Write onto `error` where the call went last and what it met: its event records it."""
@@ -123,23 +131,88 @@ class Router:
                 route.open -= 1
             call.faults.append(fault.name)
             call.failed[route.url] = loop.time() + fault.retry_after_s
-            if not fault.is_passing or len(call.faults) == MAX_TRIES:
+            if fault.is_denial:
+                self._pass_over(call, route, fault.error)
+                continue
+            if fault.is_refusal:
+                await self._wait_out(call, route, fault.error)
+                continue
+            call.tries += 1
+            if not fault.is_passing or call.tries == MAX_TRIES:
                 raise fault.error
-            pause_s = self._pause_s(call)
+            pause_s = self._asked_s(call) + self._backoff_s(call.tries)
             if loop.time() + pause_s >= call.deadline:
                 raise self._out_of_time(call, fault.error)
             await asyncio.sleep(pause_s)
 
+    def _pass_over(self, call: _Call, route: Route, denial: EvalError) -> None:
+        """An endpoint that refuses our key, or has no such model. Raises AccessDenied where none is left."""
+        call.denied.add(route.url)
+        routes, name = self._routes[call.request.model], call.request.model
+        if len(call.denied) < len(routes):
+            route.slots.denial = "" if route.is_healthy else str(denial)
+            return
+        if all(one.is_denying for one in routes):
+            for one in routes:
+                one.slots.away = (
+                    f"model {name}: every call is denied: {denial}; stopped here: mend the key or "
+                    f"models.{name}, and the same command goes on"
+                )
+        raise denial
+
+    async def _wait_out(self, call: _Call, route: Route, refusal: EvalError) -> None:
+        """Until an endpoint that did not take the call may be asked again: no part of the call's time.
+
+        Raises EndpointError once the call has waited for `patience_s`.
+        """
+        call.refusals += 1
+        left_s, asked_s = call.model.patience_s - call.waited_s, self._asked_s(call)
+        if left_s <= 0 or asked_s >= left_s:
+            raise self._given_up(call, refusal)
+        loop, slots = asyncio.get_running_loop(), route.slots
+        began = loop.time()
+        slots.pausing, slots.refusal = slots.pausing + 1, str(refusal)
+        try:
+            with waiting():
+                await asyncio.sleep(min(asked_s + self._backoff_s(call.refusals), left_s))
+        finally:
+            slots.pausing -= 1
+            waited_s = loop.time() - began
+            call.waited_s += waited_s
+            call.deadline += waited_s
+
+    def _given_up(self, call: _Call, refusal: EvalError) -> EndpointError:
+        """The error of a call that was never taken. Where nobody's was meanwhile, the run has to know."""
+        routes, patience_s = self._routes[call.request.model], call.model.patience_s
+        now = time.monotonic()
+        urls = ", ".join(route.url for route in routes)
+        if all(not route.answering and now - route.answered_at >= patience_s for route in routes):
+            for route in routes:
+                route.slots.away = (
+                    f"model {call.request.model}: {urls} answered nothing for {patience_s:g} s (patience_s), "
+                    f"the last with: {refusal}; stopped here, the same command goes on"
+                )
+        return EndpointError(
+            f"model {call.request.model}: not taken by {urls} within {patience_s:g} s (patience_s): {refusal}"
+        )
+
     def _pick(self, call: _Call) -> Route:
-        """Where it has not been yet; after that, where it may come again."""
+        """Where it has not been yet; after that, where it may come again, and not twice in a row to one."""
         name, failed, now = call.request.model, call.failed, asyncio.get_running_loop().time()
-        if all(route.url in failed for route in self._usable(call)):
+        usable = self._usable(call)
+        if all(route.url in failed for route in usable):
             failed = {url: until for url, until in failed.items() if until > now}
-        return self._homes[name].pick(call.request.session, self._routes[name], failed)
+            if call.route and any(route.url not in failed for route in usable if route is not call.route):
+                failed[call.route.url] = now
+        return self._homes[name].pick(call.request.session, self._left(call), failed)
 
     def _usable(self, call: _Call) -> list[Route]:
-        routes = self._routes[call.request.model]
+        routes = self._left(call)
         return [route for route in routes if route.is_healthy] or routes
+
+    def _left(self, call: _Call) -> list[Route]:
+        routes = self._routes[call.request.model]
+        return [route for route in routes if route.url not in call.denied] if call.denied else routes
 
     async def _attempt(self, call: _Call, route: Route) -> Answered:
         await self._slot(call, route)
@@ -154,7 +227,7 @@ class Router:
             return answered
         except Fault as fault:
             ending = fault.ending
-            route.failed(fault)
+            route.failed(fault, call.request.session)
             raise
         finally:
             route.slots.release(Sample(ending, time.monotonic() - started, prefill_s, tokens))
@@ -163,16 +236,18 @@ class Router:
         """A slot of `route`. The wait is of our own making: part of `queue_s`, not of the call's time."""
         loop = asyncio.get_running_loop()
         began = loop.time()
-        await route.slots.acquire()
+        with waiting():
+            await route.slots.acquire()
         call.deadline += loop.time() - began
 
-    def _pause_s(self, call: _Call) -> float:
-        """Seconds until the next attempt. What one endpoint asks for does not hold for another."""
-        backoff_s = min(BACKOFF_S * 2.0 ** (len(call.faults) - 1), MAX_BACKOFF_S)
-        jittered_s = backoff_s * self._rng.uniform(0.5, 1.5)
+    def _asked_s(self, call: _Call) -> float:
+        """Seconds that the endpoints ask for. What one of them does holds for no other."""
         now = asyncio.get_running_loop().time()
         free = min(call.failed.get(route.url, now) for route in self._usable(call))
-        return max(0.0, free - now) + jittered_s
+        return max(0.0, free - now)
+
+    def _backoff_s(self, number: int) -> float:
+        return min(BACKOFF_S * 2.0 ** min(number - 1, 16), MAX_BACKOFF_S) * self._rng.uniform(0.5, 1.5)
 
     def _out_of_time(self, call: _Call, last: Exception) -> EndpointError:
         urls = ", ".join(route.url for route in self._routes[call.request.model])
@@ -182,18 +257,22 @@ class Router:
         )
 
     def _reply(self, call: _Call, route: Route, answered: Answered) -> ChatReply:
-        answer = answered.answer
+        answer, request = answered.answer, call.request
+        usage = answer.usage
+        if not usage.prompt_tokens and not usage.completion_tokens:
+            tokens = counter(call.model.tokenizer)
+            usage = estimate.usage(request.messages, request.tools, answer, tokens)
         return ChatReply(
             content=answer.content,
             tool_calls=answer.tool_calls,
             finish_reason=answer.finish_reason,
-            usage=answer.usage,
-            model=answer.model or call.request.model,
+            usage=usage,
+            model=answer.model or request.model,
             endpoint=route.url,
             queue_s=answered.sent - call.started,
             prefill_s=answered.first - answered.sent,
             decode_s=answered.done - answered.first,
-            cost_usd=cost(answer.usage, call.model),
+            cost_usd=cost(usage, call.model),
             retries=len(call.faults),
             faults=",".join(call.faults),
         )

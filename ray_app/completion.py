@@ -18,17 +18,19 @@ class Whole:
     finish_reason: str
     usage: Usage
     model: str
+    thought_chars: int = 0  # of reasoning that was sent
 
 
 class Completion:
     """What has come of one answer. Chunks that are no chat chunks raise TypeError, KeyError or ValueError."""
 
-    __slots__ = ("_calls", "_content", "_usage", "finish_reason", "has_choice", "model")
+    __slots__ = ("_calls", "_content", "_thought_chars", "_usage", "finish_reason", "has_choice", "model")
 
     def __init__(self) -> None:
         self._content: list[str] = []
         self._calls: dict[Any, dict[str, str]] = {}
         self._usage: Mapping[str, Any] | None = None
+        self._thought_chars = 0
         self.finish_reason = ""
         self.has_choice = False
         self.model = ""
@@ -52,8 +54,11 @@ class Completion:
             self._content.append(content)
         if calls:
             self._merge(calls)
-        # What a model thinks is no part of its answer; its tokens are in the usage.
-        return bool(content or calls or delta.get("reasoning_content") or delta.get("reasoning"))
+        # What a model thinks is no part of its answer; its tokens are in the usage, where there is one.
+        thought = delta.get("reasoning_content") or delta.get("reasoning")
+        if thought:
+            self._thought_chars += len(thought)
+        return bool(content or calls or thought)
 
     def _merge(self, parts: Iterable[Mapping[str, Any]]) -> None:
         """Add fragments of tool calls. Without an index, an id begins a call; else the last goes on."""
@@ -72,7 +77,8 @@ class Completion:
         calls = (call for _, call in sorted(self._calls.items()))
         tools = (ToolCall(call["id"], call["name"], _paired(call["arguments"])) for call in calls)
         content = _paired("".join(self._content))
-        return Whole(content, tuple(tools), self.finish_reason, _usage(self._usage or {}), self.model)
+        usage = _usage(self._usage or {})
+        return Whole(content, tuple(tools), self.finish_reason, usage, self.model, self._thought_chars)
 
 
 def _usage(counted: Mapping[str, Any]) -> Usage:

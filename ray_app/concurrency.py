@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ray_app.goodput import KEPT, NARROW, WIDE, Goodput
@@ -35,6 +35,8 @@ USED = 0.9
 # A congested route keeps this share of what was open.
 DECREASE = 0.75
 GROWTH = 0.03
+# Of the limit: with fewer calls open and all others refused, none is served.
+OPEN_IN_VAIN = 0.1
 # A limit that holds nothing back for so long comes down to what is open, to be judged there.
 UNUSED_S = 120.0
 # Without congestion for so long, the limit is searched for by what it yields again.
@@ -87,6 +89,10 @@ class Bounds:
     floor: int = 1
     most: int = 1024
 
+    @property
+    def is_fixed(self) -> bool:
+        return self.floor == self.most
+
 
 @dataclass
 class Controller:
@@ -110,6 +116,21 @@ class Controller:
         self._tells_work, self._looked_far = False, 0
         self._before = 0  # the limit before this one
         self._pace = 0.0  # calls that ended a second at the limit before, in slow start
+
+    @classmethod
+    def resumed(cls, bounds: Bounds, limit: int, reason: str) -> Controller:
+        """Goes on from `limit`, which another found: it is searched for from there, without a slow start."""
+        controller = cls(replace(bounds, start=limit), reason)
+        controller._begin_climb(controller.limit, -1)
+        return controller
+
+    def rebound(self, bounds: Bounds) -> None:
+        """Go on within other bounds, with all that was learned."""
+        self.bounds = bounds
+        self._best = self._within(self._best)
+        if (limit := self._within(self.limit)) != self.limit:
+            self._before, self.limit, self._ended = self.limit, limit, 0.0
+            self.reason = f"{self.mode}: within {bounds.floor} to {bounds.most}"
 
     def observe(self, seen: Observation) -> int:
         """The limit from now on, never below the floor."""
@@ -192,6 +213,7 @@ class Controller:
             for sample in seen.samples
         )
         is_full = seen.pressure is not None and seen.pressure >= PRESSURE_FULL and bool(seen.queued)
+        told = told and not _takes_none(seen, self.limit)
         if not told and not is_full and seen.preemptions <= 0:
             return False
         # What was open before has to drain, and what was refused comes again: one episode.
@@ -323,3 +345,11 @@ class Controller:
         self._before = self.limit
         self.limit, self.reason = self._within(limit), f"{self.mode}: {reason}"
         self._changed_s, self._ended = seen.at_s, 0.0
+
+
+def _takes_none(seen: Observation, limit: int) -> bool:
+    """Whether every call is refused, as by a server that restarts: its limit says nothing of that, the calls'
+    own pauses keep them away, and a limit made of what is open then would be 1."""
+    refused = sum(sample.ending == "congested" for sample in seen.samples)
+    is_served = any(sample.ending == "ok" for sample in seen.samples)
+    return not is_served and seen.in_flight <= min(refused, max(1, round(OPEN_IN_VAIN * limit)))

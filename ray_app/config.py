@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, overload
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ray_app.errors import ConfigError
 from ray_app.records import digest
@@ -28,7 +37,7 @@ OPERATIONAL_KEYS = frozenset(
     {"run_name", "concurrency", "workers", "attempts", "services", "endpoints_file", "prompts"}
 )
 # A price, too: one that is mended in mid-run changes the bill. What the orchestrator was told of it stays.
-MODEL_PLACE = frozenset({"endpoints", "timeout_s", "first_token_s", "stall_s", "price"})
+MODEL_PLACE = frozenset({"endpoints", "timeout_s", "first_token_s", "stall_s", "patience_s", "price"})
 CODE_PLACE = frozenset({"usd_per_s"})
 # Where a run stops for want of money, and goes on with more, is no part of what it measures.
 LIMITS_PLACE = frozenset({"run_cost_usd"})
@@ -39,9 +48,9 @@ Config = TypeVar("Config", bound="BaseRun")
 
 
 class Section(BaseModel):
-    """Base of every config section: unknown keys are errors, values are frozen."""
+    """Base of every config section: unknown keys are errors, values are frozen, numbers finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Adaptive(Section):
@@ -109,7 +118,13 @@ class ModelConfig(Section):
     accepts_images: bool = False
     answer_format: Literal["tags", "boxed"] = "tags"
     timeout_s: float = Field(
-        600.0, gt=0, description="of a call with all its attempts, less its wait for a slot"
+        600.0, gt=0, description="of a call with all its attempts, less its waits for an endpoint"
+    )
+    patience_s: float = Field(
+        600.0,
+        gt=0,
+        description="how long a call waits for endpoints that take none (429, 502, 503, no connection); "
+        "where they answer nobody for so long, the run ends and can be resumed",
     )
     first_token_s: float | None = Field(
         None, gt=0, description="an endpoint that sends nothing for this long is given up for another attempt"
@@ -127,6 +142,15 @@ class ModelConfig(Section):
         False, description="ask the endpoint to decode calls by the tools' schema, one call a reply"
     )
     extra_body: dict[str, Any] = {}
+
+    @field_validator("extra_body")
+    @classmethod
+    def _is_json(cls, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(body, allow_nan=False)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"expected what JSON can say ({error})") from None
+        return body
 
     @model_validator(mode="after")
     def _each_address_once(self) -> Self:

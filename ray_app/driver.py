@@ -18,7 +18,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -36,6 +36,7 @@ from ray_app import (
     route_limits,
     rundir,
     services,
+    steady,
 )
 from ray_app.adopt import Adoption
 from ray_app.chat import Router
@@ -46,7 +47,7 @@ from ray_app.engine_metrics import EngineMetrics
 from ray_app.errors import ConfigError, EvalError, StorageError, UserError
 from ray_app.event_writer import EventWriter
 from ray_app.governor import Governor, Policy
-from ray_app.options import Options
+from ray_app.options import STORAGE_PATIENCE_S, Options
 from ray_app.ordering import NOTHING_ASKED, Asked
 from ray_app.progress import Display
 from ray_app.prompting import Prompts
@@ -60,6 +61,8 @@ PIPE_WIDTH = 120
 IDENTITY_FILES = ("identity.yaml", "config.yaml")
 # So many failures of infrastructure in a row say that something is down, whatever runs at once.
 MIN_FAILURES_IN_A_ROW = 20
+STORAGE_RETRY_S = 0.5
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -218,7 +221,7 @@ def carry_out(job: Job, command: Command) -> int:
         # The lease is held to the end: a log may be compacted only while nobody else writes to it.
         if job.replays is not None:
             return finish_replay(job, job.replays, ending, command)
-        finish(job, ending, command)
+        finish(job, ending, command, held)
         if command.asked.pilot is not None:
             _tell_of_pilot(job, ending, command)
     return ending.exit_code
@@ -294,7 +297,7 @@ class Bounded:
     metrics: EngineMetrics
 
 
-def _bounded(job: Job, urls: Mapping[str, str], options: Options) -> Bounded:
+def _bounded(job: Job, urls: Mapping[str, str], options: Options, command: Command) -> Bounded:
     if job.replays is not None:  # it calls nobody
         return Bounded(Governor(workers=options.workers), EngineMetrics({}))
     models = job.config.called()
@@ -305,7 +308,10 @@ def _bounded(job: Job, urls: Mapping[str, str], options: Options) -> Bounded:
     if limit_usd is not None and (job.run_dir / "log").is_dir():
         before_usd = route_limits.spent_usd(job.run_dir)
     policy = Policy(route_limits.bounds(models, urls), limit_usd, before_usd)
-    return Bounded(Governor(policy, pressure=metrics.of, workers=options.workers), metrics)
+    governor = Governor(
+        policy, pressure=metrics.of, workers=options.workers, is_shared=True, warn=command.say
+    )
+    return Bounded(governor, metrics)
 
 
 def _attempt_deadline_s(wall_s: float | None) -> float | None:
@@ -314,22 +320,24 @@ def _attempt_deadline_s(wall_s: float | None) -> float | None:
 
 
 def _run(job: Job, work: planning.Plan, command: Command, held: lease.Lease) -> Ending:
-    started = time.time()
+    started, began = time.time(), steady.clock_s()
     ray_cluster.connect(command.say)
     raise_on_signals()  # Ray has put its own handler in place
     urls = _serve(job, command) if job.replays is None else {}
     make_solver = command.solver_for(urls)
     options = _options(job, held, len(work.items))
-    bounded = _bounded(job, urls, options)
+    bounded = _bounded(job, urls, options, command)
     # A driver that wakes up must not write the results that it had in hand when it was stopped.
     log = options.writer("driver", guard=held.check)
     try:
-        with closed_at_the_end(log):
+        with closed_at_the_end(log, held):
             return asyncio.run(
                 _drive(job, work, make_solver, options, command, log=log, held=held, bounded=bounded)
             )
     finally:
-        ray_cluster.keep_service_logs(job.run_dir, since=started)
+        # Where the clock was set back meanwhile, logs of this run are older than its beginning.
+        since = min(started, time.time() - (steady.clock_s() - began))
+        ray_cluster.keep_service_logs(job.run_dir, since=since)
 
 
 def _serve(job: Job, command: Command) -> dict[str, str]:
@@ -346,7 +354,7 @@ def _serve(job: Job, command: Command) -> dict[str, str]:
 
 
 @contextmanager
-def closed_at_the_end(log: EventWriter) -> Iterator[None]:
+def closed_at_the_end(log: EventWriter, held: lease.Lease) -> Iterator[None]:
     """Closes the log at the end; after an error, that is what the user is told, not what closing says."""
     try:
         yield
@@ -354,7 +362,24 @@ def closed_at_the_end(log: EventWriter) -> Iterator[None]:
         with suppress(StorageError):
             log.close()
         raise
-    log.close()
+    patiently(log.close, held)
+
+
+def patiently(
+    work: Callable[[], Result], held: lease.Lease | None = None, patience_s: float = STORAGE_PATIENCE_S
+) -> Result:
+    """What `work` returns; while storage fails it is done again, as during the run.
+
+    Raises the OSError or StorageError that is left when the patience is over or another driver has the run.
+    """
+    give_up = time.monotonic() + patience_s
+    while True:
+        try:
+            return work()
+        except (OSError, StorageError):
+            if (held is not None and held.is_lost) or time.monotonic() > give_up:
+                raise
+            time.sleep(STORAGE_RETRY_S)
 
 
 async def _drive(
@@ -384,11 +409,16 @@ async def _drive(
     log.append(_mark("run_start", options, json.dumps(job.facts() | told)))
     for line in foretold.lines() if told and foretold else ():
         command.say(line)
-    display = Display(work.kept, marker=job.config.benchmark.upper(), console=command.console)
+    governor = bounded.governor
+    display = Display(
+        work.kept,
+        marker=job.config.benchmark.upper(),
+        console=command.console,
+        waits=lambda: _waits(governor),
+    )
     for task_id in _skipped(job, work):
         display.skipped(task_id)
     followed = pulse.Followed(display, work.kept)
-    governor = bounded.governor
 
     def figures() -> dict[str, Any]:
         return followed.figures() | governor.figures()
@@ -415,13 +445,19 @@ async def _drive(
         heart.close()
         await asyncio.to_thread(compactor.stop)
     log.append(_mark("run_end", options, tally.line()))
-    if tally.pending and not governor.may_spend:
+    if tally.pending and governor.stopped_for:
+        command.say(governor.stopped_for)
+    elif tally.pending and not governor.may_spend:
         command.say(
             f"limits.run_cost_usd: ${governor.spent_usd:.4f} of ${job.config.limits.run_cost_usd:g} spent; "
             "nothing more was called, and what is pending goes on with a higher limit and the same command"
         )
     stopped_by = caught[0] if caught and tally.pending > len(work.later) else None
     return Ending(tally, options.epoch, stopped_by, len(work.later))
+
+
+def _waits(governor: Governor) -> str:
+    return ", ".join(f"{n} calls of {model} wait for {url}" for model, url, n, _ in governor.refused())
 
 
 def _on_signal(number: int, caught: list[int], stop: asyncio.Event, command: Command) -> None:
@@ -453,7 +489,7 @@ def raise_on_signals() -> None:
 
 
 def _mark(kind: EventKind, options: Options, detail: str) -> Event:
-    return Event(kind=kind, t_start=time.time(), run_id=options.run_id, epoch=options.epoch, detail=detail)
+    return Event(kind=kind, t_start=steady.now(), run_id=options.run_id, epoch=options.epoch, detail=detail)
 
 
 def _skipped(job: Job, work: planning.Plan) -> list[str]:
@@ -462,16 +498,13 @@ def _skipped(job: Job, work: planning.Plan) -> list[str]:
     return [task.task_id for trial in trials for task in job.tasks if (task.rollout_key, trial) not in left]
 
 
-def finish(job: Job, ending: Ending, command: Command) -> None:
+def finish(job: Job, ending: Ending, command: Command, held: lease.Lease) -> None:
     """Compact the log of an ended run, analyse it, print the page that people read, write the figures."""
     from analysis import tables  # matplotlib and scipy behind it take a second
-    from analysis.report import analyse
 
-    if ending.tally.pending == 0:
-        compaction.compact(job.run_dir)
     # Whoever stopped the run wants it gone in seconds.
-    output = analyse(job.run_dir, with_pictures=command.with_pictures and ending.stopped_by is None)
-    figures = _figures(job, ending, output.run)
+    patience_s = STORAGE_PATIENCE_S if ending.stopped_by is None else 0.0
+    output, figures = patiently(lambda: _written(job, ending, command), held, patience_s)
     command.console.print(tables.summary_page(output.run))
     command.console.print(tables.tools_page(output.tools))
     command.say(f"Accounting: {ending.tally.line()}")
@@ -483,10 +516,21 @@ def finish(job: Job, ending: Ending, command: Command) -> None:
     else:
         command.say(f"Pictures: not drawn; `python -m analysis plots {place}` does")
     command.say(f"Run directory: {place}")
-    rundir.write_json(job.run_dir / "summary.json", figures)
-    object_store.push(job.run_dir, ["summary.json", "analysis", "logs"])
     if command.json_path is not None:
         rundir.write_json(command.json_path, figures)
+
+
+def _written(job: Job, ending: Ending, command: Command) -> tuple[Any, dict[str, Any]]:
+    """The analysis and the figures, both in the run directory; may be done again."""
+    from analysis.report import analyse
+
+    if ending.tally.pending == 0:
+        compaction.compact(job.run_dir)
+    output = analyse(job.run_dir, with_pictures=command.with_pictures and ending.stopped_by is None)
+    figures = _figures(job, ending, output.run)
+    rundir.write_json(job.run_dir / "summary.json", figures)
+    object_store.push(job.run_dir, ["summary.json", "analysis", "logs"])
+    return output, figures
 
 
 def _tell_of_pilot(job: Job, ending: Ending, command: Command) -> None:

@@ -10,11 +10,11 @@ import asyncio
 import json
 import math
 import random
-import time
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
+from ray_app import steady
 from ray_app.checkpoint import CheckpointClient, connect
 from ray_app.errors import InfrastructureError, StorageError
 from ray_app.event_writer import EventWriter
@@ -27,6 +27,7 @@ from ray_app.pool import WorkerLost, WorkerPool
 from ray_app.recorded import Recorder
 from ray_app.recording import Readahead
 from ray_app.records import Event, TaskResult
+from ray_app.sharing import Sharing
 from ray_app.worker import SolverFactory, is_retryable, unfinished
 
 RETRY_PAUSE_S = 1.0
@@ -82,8 +83,10 @@ async def run(
     reaching the spending limit of `governor`, once the calls that were out have ended.
     Raises StorageError when another driver has taken the run or the log cannot be written.
     """
-    checkpoint = await connect(options)
     governor = governor or Governor(workers=options.workers)
+    # First, as it takes as long to start as the workers do.
+    sharing = Sharing(governor, options.url or str(options.run_dir)) if governor.is_shared else None
+    checkpoint = await connect(options)
     pool = WorkerPool(make_solver, options, checkpoint, governor)
     attempts = Attempts(pool, _records(work, options), options)
     tally = replace(work.kept, counts=dict(work.kept.counts))
@@ -94,6 +97,9 @@ async def run(
     is_ours = True
     try:
         await _or_stopped(pool.ready(), stopped)
+        if sharing is not None:
+            await _or_stopped(sharing.joined(), stopped)
+            pool.grant()  # what other runs leave, before the first call
         while not stop.is_set():
             # What is not counted yet holds its place, or storage that is slow would fill the memory.
             while (
@@ -127,6 +133,8 @@ async def run(
             task.cancel()
         await asyncio.gather(*active, return_exceptions=True)
         await pool.close()
+        if sharing is not None:
+            await sharing.close()
         await checkpoint.close()
     return tally
 
@@ -277,7 +285,7 @@ def result_event(result: TaskResult, options: Options, sink: EventSink) -> Event
     body = {"prediction": result.prediction, "verdict": asdict(verdict) if verdict else None}
     return Event(
         kind="result",
-        t_start=time.time(),
+        t_start=steady.now(),
         duration_s=result.duration_s,
         run_id=options.run_id,
         epoch=options.epoch,

@@ -1,7 +1,9 @@
 """What can go wrong with one attempt at a model call: its name, and the error that it is.
 
-EndpointError means that another attempt may go better; every other class is terminal. Names are short, so
-that the event log can list what a call met: an HTTP status ("429"), or one of
+EndpointError means that another attempt may go better; every other class is terminal. A refusal is an
+attempt that the endpoint did not take: it cost nothing, and says only that the call has to wait. A denial is
+about the endpoint and our key to it, so another endpoint may take the call. Names are short, so that the
+event log can list what a call met: an HTTP status ("429"), or one of
 
     connect     no connection              stall      the stream stood still
     reset       cut while it was used      truncated  ended before the answer did
@@ -23,6 +25,8 @@ from ray_app.errors import AccessDenied, ContextOverflow, EndpointError, EvalErr
 from ray_app.slots import Ending
 
 CONGESTED = frozenset({"429", "503", "timeout", "stall"})
+# Too many requests, nobody there (as a proxy says it), not now, overloaded: before anything was begun.
+REFUSED_STATUS = frozenset({429, 502, 503, 529})
 # Seconds; what an endpoint asks for beyond this is not waited for.
 MAX_RETRY_AFTER_S = 60.0
 
@@ -41,16 +45,31 @@ RETRIED_STATUS = frozenset({408, 409, 425, 429})
 class Fault(Exception):
     """One attempt failed. `error` is what the caller gets where no other attempt is made."""
 
-    def __init__(self, name: str, error: EvalError, retry_after_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        name: str,
+        error: EvalError,
+        retry_after_s: float = 0.0,
+        *,
+        is_refusal: bool = False,
+        is_of_request: bool = False,
+    ) -> None:
         super().__init__(str(error))
         self.name = name
         self.error = error
         self.retry_after_s = retry_after_s
+        self.is_refusal = is_refusal
+        self.is_of_request = is_of_request
 
     @property
     def is_passing(self) -> bool:
         """Whether another attempt may go better."""
         return isinstance(self.error, EndpointError)
+
+    @property
+    def is_denial(self) -> bool:
+        """Whether this endpoint answers nobody with our key, or has no such model."""
+        return isinstance(self.error, AccessDenied) and not self.is_of_request
 
     @property
     def ending(self) -> Ending:
@@ -73,14 +92,15 @@ def classify(status: int, said: Complaint, url: str, headers: Mapping[str, str])
     if code in UNSUPPORTED_CODES:
         # What we send, not what is asked: the user mends the config, and every task may run again.
         hint = "set token_limit_field or sampling in the config"
-        return Fault(str(status), AccessDenied(f"{about}; {hint}"))
+        return Fault(str(status), AccessDenied(f"{about}; {hint}"), is_of_request=True)
     if code == "insufficient_quota":  # comes as 429, and waiting does not mend it
         return Fault(str(status), AccessDenied(about))
     if status in {400, 413, 422}:
         refused = f"{about} (code {code})" if code == "content_filter" else about
         return Fault(str(status), Refusal(refused))
     if status >= 500 or status in RETRIED_STATUS:
-        return Fault(str(status), EndpointError(about), _retry_after_s(headers, time.time()))
+        wait_s = _retry_after_s(headers, _now(headers))
+        return Fault(str(status), EndpointError(about), wait_s, is_refusal=status in REFUSED_STATUS)
     if 300 <= status < 400:
         # Followed, it would be unknown who answered, and who got the key.
         where = headers.get("location", "elsewhere")
@@ -92,14 +112,16 @@ def of_connection(error: Exception, url: str) -> Fault:
     """The fault that an error of the transport means."""
     text = one_line(error)
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ServerTimeoutError):
-        return Fault("connect", EndpointError(f"endpoint {url}: no connection: {text}"))
+        return Fault("connect", EndpointError(f"endpoint {url}: no connection: {text}"), is_refusal=True)
     return Fault("reset", EndpointError(f"endpoint {url}: broken connection: {text}"))
 
 
 def of_stream(said: Complaint, url: str) -> Fault:
     """The fault that an error object in the middle of a stream means; its code may be an HTTP status."""
     if said.code.isdecimal() and 400 <= int(said.code) < 600:
-        return classify(int(said.code), said, url, {})
+        fault = classify(int(said.code), said, url, {})
+        fault.is_refusal = False  # it took the call, and what was done of it may be paid for
+        return fault
     if _is_overflow(said):
         return Fault("error", ContextOverflow(f"endpoint {url}: {said.message}"))
     if said.code == "content_filter":
@@ -145,6 +167,11 @@ def _retry_after_s(headers: Mapping[str, str], now: float) -> float:
     except ValueError:
         seconds = _time_of(asked, now) - now
     return min(max(0.0, seconds), MAX_RETRY_AFTER_S)  # in this order, what is no number is 0
+
+
+def _now(headers: Mapping[str, str]) -> float:
+    """The time of who answers: its clock and ours may be hours apart."""
+    return _time_of(headers.get("date", ""), time.time())
 
 
 def _time_of(date: str, otherwise: float) -> float:

@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
+from ray_app import steady
 from ray_app.errors import Diverged, EvalError, InfrastructureError, kind_of, recorded
 from ray_app.records import (
     ChatReply,
@@ -33,6 +34,7 @@ from ray_app.records import (
     Usage,
     digest,
 )
+from ray_app.waits import waiting
 
 T = TypeVar("T")
 
@@ -165,7 +167,7 @@ class Journal:
     paid_usd: float = 0.0
     live_model_calls: int = 0
     replayed: int = 0
-    clock: Callable[[], float] = time.time
+    clock: Callable[[], float] = steady.now
     timer: Callable[[], float] = time.monotonic
     watch: Watch | None = None
     keeper: Keeper | None = None
@@ -289,7 +291,8 @@ class Journal:
 
     async def _admitted(self) -> None:
         if self.keeper is not None:
-            await self.keeper.admit(self.base.rollout_key, self.base.trial, self.base.attempt)
+            with waiting():
+                await self.keeper.admit(self.base.rollout_key, self.base.trial, self.base.attempt)
         self._check_open()
 
     def _check_open(self) -> None:
@@ -394,6 +397,8 @@ def _encode_chat(reply: ChatReply, keep: Callable[[str], str]) -> str:
     # By hand: `asdict` copies what it finds, at the price of all the rest of a row.
     value = {name: getattr(reply, name) for name in _REPLY}
     value["usage"] = {name: getattr(reply.usage, name) for name in _USAGE}
+    if not reply.usage.is_estimated:
+        del value["usage"]["is_estimated"]  # so that older records keep their bytes, which a replay compares
     value["tool_calls"] = [asdict(call) for call in reply.tool_calls]
     return json.dumps(value, ensure_ascii=False)
 
@@ -416,6 +421,7 @@ def _chat_columns(reply: ChatReply) -> dict[str, Any]:
         "completion_tokens": reply.usage.completion_tokens,
         "reasoning_tokens": reply.usage.reasoning_tokens,
         "cost_usd": reply.cost_usd,
+        "is_estimated": reply.usage.is_estimated or None,
         "retries": reply.retries,
         "detail": reply.faults,
     }

@@ -21,18 +21,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from ray_app import steady
 from ray_app.errors import RunDirError, StorageError
 from ray_app.object_store import Gone, ObjectStore, store_of
 from ray_app.pulse import process_started
 
 # A lease counts as live this long after its last heartbeat; ten heartbeats fit. Tests shorten it.
 LEASE_S = float(os.environ.get("TOOLORCH_LEASE_S") or 20.0)
+# A heartbeat that takes longer stands still, as storage does: the event loop must not wait for it.
+HEARTBEAT_S = 0.2
 
 
 class _Seen(NamedTuple):
-    """The record of an epoch: who took it, and how long ago its last heartbeat was."""
+    """The record of an epoch: who took it, and when its last heartbeat was by the clock of storage."""
 
     holder: Mapping[str, Any]
+    beat: float
     age_s: float
 
 
@@ -74,6 +78,7 @@ class Lease:
     _lost: str = ""
     _stop: threading.Event = field(default_factory=threading.Event)
     _beating: threading.Lock = field(default_factory=threading.Lock)
+    _is_stuck: bool = False
 
     def start_heartbeat(self) -> None:
         threading.Thread(target=self._beat, name="lease-heartbeat", daemon=True).start()
@@ -86,8 +91,7 @@ class Lease:
         """
         if not self._lost and not (self._place.is_remote and self._age_s() < LEASE_S):
             try:
-                with self._beating:
-                    self._look(renew=self._place.is_remote)
+                self._look_soon()
             except (OSError, StorageError) as error:
                 if self._age_s() >= LEASE_S:
                     raise Unconfirmed(
@@ -98,6 +102,17 @@ class Lease:
             raise StorageError(
                 f"this driver's lease (epoch {self.epoch}) {self._lost}: another driver has the run"
             )
+
+    def _look_soon(self) -> None:
+        """Looks, unless the heartbeat is on its way and does not come back: that is storage that fails."""
+        if not self._beating.acquire(timeout=0.0 if self._is_stuck else HEARTBEAT_S):
+            self._is_stuck = True
+            raise TimeoutError("storage does not answer the heartbeat")
+        try:
+            self._is_stuck = False
+            self._look(renew=self._place.is_remote)
+        finally:
+            self._beating.release()
 
     def release(self) -> None:
         """Stop the heartbeat; the record of the epoch stays, marked as ended, unless it was replaced."""
@@ -118,7 +133,7 @@ class Lease:
 
     def _look(self, *, renew: bool) -> None:
         """Find out whether this epoch is the newest; only then, where asked, renew it."""
-        began = _clock()
+        began = steady.clock_s()
         newest = self._place.newest()
         if newest != self.epoch:
             self._lost = f"was replaced by epoch {newest}" if newest > self.epoch else "is gone"
@@ -130,12 +145,17 @@ class Lease:
             self._confirmed = began
 
     @property
+    def is_lost(self) -> bool:
+        """Another driver is known to have the run; no waiting mends that."""
+        return bool(self._lost)
+
+    @property
     def unconfirmed_s(self) -> float:
         """Seconds since it was known to be this driver's."""
         return self._age_s()
 
     def _age_s(self) -> float:
-        return _clock() - self._confirmed
+        return steady.clock_s() - self._confirmed
 
 
 def take(run_dir: Path) -> Lease:
@@ -153,7 +173,7 @@ def take(run_dir: Path) -> Lease:
         "pid_namespace": _pid_namespace(),
         "token": uuid.uuid4().hex,
     }
-    began = _clock()
+    began = steady.clock_s()
     if not place.create(epoch, holder):
         raise RunDirError(f"run {run_dir}: another driver has just taken it; wait for it or stop it")
     path = run_dir / "lease" / _name(epoch)
@@ -169,18 +189,38 @@ def newest_epoch(run_dir: Path) -> int:
 
 def _refuse_if_alive(run_dir: Path, place: _Place, epoch: int) -> None:
     try:
-        holder, age_s = place.seen(epoch)
+        seen = place.seen(epoch)
     except (FileNotFoundError, Gone):
         return
-    if "ended" in holder or age_s >= LEASE_S:
+    holder = seen.holder
+    if "ended" in holder:
         return
     is_here = (holder["host"], holder.get("pid_namespace")) == (socket.gethostname(), _pid_namespace())
     if is_here and process_started(holder["pid"]) != holder["started"]:
+        return
+    # An age that says nothing: the clock may have been set since, forwards or back.
+    if not -LEASE_S - 1 < seen.age_s < LEASE_S and not _beats(place, epoch, seen):
         return
     raise RunDirError(
         f"run {run_dir}: process {holder['pid']} on {holder['host']} is running it; "
         "wait for it, stop it, or choose another --run-dir"
     )
+
+
+def _beats(place: _Place, epoch: int, first: _Seen) -> bool:
+    """Whether a heartbeat comes within two of them; after one in the future, within a lease."""
+    until = steady.clock_s() + (LEASE_S / 5 if first.age_s > 0 else LEASE_S)
+    while steady.clock_s() < until:
+        time.sleep(LEASE_S / 20)
+        try:
+            seen = place.seen(epoch)
+        except (FileNotFoundError, Gone):
+            return False
+        if "ended" in seen.holder:
+            return False
+        if seen.beat != first.beat:
+            return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -201,8 +241,8 @@ class _Folder:
         now = self._now()
         with (self.folder / _name(epoch)).open() as file:
             # Opened first: a network file system then asks its server for the time of the file.
-            age_s = now - os.fstat(file.fileno()).st_mtime
-            return _Seen(_parsed(file.read()), age_s)
+            beat = os.fstat(file.fileno()).st_mtime
+            return _Seen(_parsed(file.read()), beat, now - beat)
 
     def create(self, epoch: int, holder: Mapping[str, Any]) -> bool:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -260,7 +300,8 @@ class _Bucket:
     def seen(self, epoch: int) -> _Seen:
         name = f"lease/{_name(epoch)}"
         # The store's clock shows whole seconds: the age may be one less than it seems.
-        return _Seen(_parsed(self.store.get(name)), self.store.age_s(name) - 1)
+        beat = self.store.list(name)[name].modified
+        return _Seen(_parsed(self.store.get(name)), beat, self.store.age_s(name) - 1)
 
     def create(self, epoch: int, holder: Mapping[str, Any]) -> bool:
         data = json.dumps(holder)
@@ -308,8 +349,3 @@ def _pid_namespace() -> str:
         return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         return ""
-
-
-def _clock() -> float:
-    """Seconds that go on while this process is stopped or its machine sleeps."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)

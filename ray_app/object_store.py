@@ -490,7 +490,7 @@ class _Mirror:
             self._store.download(name, temporary)
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary.replace(target)
-        except Gone:
+        except (Gone, FileNotFoundError):  # or taken for a remnant by a process whose clock was set
             return False
         finally:
             temporary.unlink(missing_ok=True)

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from ray_app.event_writer import Tap
 
 
+# Storage that fails is waited for; then what needs it fails.
+STORAGE_PATIENCE_S = 120.0
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """Nothing here changes what is measured."""
@@ -31,8 +35,7 @@ class Options:
     attempt_deadline_s: float | None = None
     # A worker that answers nothing for so long (stopped, held by a call that blocks) is replaced.
     worker_lease_s: float = 60.0
-    # Storage that fails is waited for; then what needs it fails.
-    storage_patience_s: float = 120.0
+    storage_patience_s: float = STORAGE_PATIENCE_S
     replays: Path | None = None  # the run whose record answers all calls; none goes out then
     url: str = ""  # of the object store that `run_dir` mirrors; other nodes have mirrors of their own
 

@@ -95,7 +95,7 @@ async def examine(
     answer = answered.answer
     notes = (*listed.notes, f"answers in {answered.done - answered.sent:.2g} s")
     if not answer.usage.prompt_tokens:
-        notes += ("tells no usage: its calls count as free, and no spending limit sees them",)
+        notes += ("tells no usage: its tokens and their price are estimated",)
     if with_tools:
         chose = any(call.name == "ready" for call in answer.tool_calls)
         notes += ("calls tools" if chose else "accepts tools, called none",)

@@ -35,10 +35,12 @@ class Display:
         *,
         marker: str = "HLE",
         console: Console | None = None,
+        waits: Callable[[], str] = str,
         timer: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`waits` says what the run waits for, "" for nothing."""
         self._console = console or Console()
-        self._marker, self._timer = marker, timer
+        self._marker, self._waits, self._timer = marker, waits, timer
         self._tally = tally
         self._skipped = tally.planned - tally.pending
         self._started = self._line_at = timer()
@@ -82,8 +84,10 @@ class Display:
         elapsed_s = self._timer() - self._started
         rate = 60 * self._finished / elapsed_s if elapsed_s > 0 else 0.0
         tallied = ", ".join(f"{count} {name}" for name, count in counts.items())
+        waits = f"; {waits}" if (waits := self._waits()) else ""
         return (
-            f"{tallied}, {self._in_flight} in flight, {rate:.1f}/min, ETA {self.eta()}, ${self._cost_usd:.2f}"
+            f"{tallied}, {self._in_flight} in flight, {rate:.1f}/min, ETA {self.eta()}, "
+            f"${self._cost_usd:.2f}{waits}"
         )
 
     def eta(self) -> str:

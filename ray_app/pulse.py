@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_app import object_store
+from ray_app import object_store, steady
 from ray_app.errors import ConfigError, StorageError
 from ray_app.records import Event, TaskResult
 
@@ -70,6 +70,7 @@ class Status:
 
     `started` tells it from a later process with the same number, `beat` is its last heartbeat, `ended` when
     it closed; `is_lost` says that the driver found it dead and replaced it. `figures` are the driver's.
+    `clock_step_s`: by how much its machine's clock was set since it began, which its events do not show.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Status:
     groups: tuple[CallGroup, ...] = ()
     calls: tuple[Call, ...] = ()
     figures: Mapping[str, Any] = field(default_factory=dict)
+    clock_step_s: float = 0.0
 
 
 class Pulse:
@@ -139,14 +141,16 @@ class Pulse:
         """What the file would say at this moment."""
         with self._lock:
             rows, ended_calls = list(self._calls.values()), self._ended_calls
+        step_s = steady.step_s()
         return replace(
             self._self,
             beat=self._clock(),
             calls_ended=ended_calls,
             in_flight=len(rows),
-            groups=_groups(rows),
-            calls=tuple(_call(*row) for row in rows[:NAMED_CALLS]),
+            groups=_groups(rows, step_s),
+            calls=tuple(_call(*row, step_s) for row in rows[:NAMED_CALLS]),
             figures=dict(self._figures()),
+            clock_step_s=step_s,
         )
 
     def close(self) -> None:
@@ -168,7 +172,7 @@ class Pulse:
 class Followed:
     """Shows a run's progress as `shown` does, and keeps the figures of the driver's status."""
 
-    def __init__(self, shown: Watcher, tally: Tally, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, shown: Watcher, tally: Tally, clock: Callable[[], float] = steady.now) -> None:
         self._shown, self._tally, self._clock = shown, tally, clock
         self._began = clock()
         self._in_flight = self._finished = 0
@@ -204,7 +208,7 @@ class Followed:
             "in_flight": self._in_flight,
             "per_min": 60 * rate,
             "eta_s": tally.pending / rate if rate else None,
-            "last_commit": self._last_commit,
+            "last_commit": None if self._last_commit is None else self._last_commit + steady.step_s(),
             "cost_usd": self._cost_usd,
             "failures": dict(self._failures),
         }
@@ -257,16 +261,16 @@ def raise_file_limit(concurrency: int) -> int:
     return limit
 
 
-def _call(row: Event, model: str) -> Call:
+def _call(row: Event, model: str, step_s: float) -> Call:
     place = (row.task_id, row.trial, row.attempt, row.turn)
-    return Call(*place, row.kind, row.role, row.tool, row.alias, model, row.t_start)
+    return Call(*place, row.kind, row.role, row.tool, row.alias, model, row.t_start + step_s)
 
 
-def _groups(rows: Iterable[tuple[Event, str]]) -> tuple[CallGroup, ...]:
+def _groups(rows: Iterable[tuple[Event, str]], step_s: float) -> tuple[CallGroup, ...]:
     """Counted by kind, role and model, the group with the oldest call first."""
     found: dict[tuple[str, str, str], list[float]] = {}
     for row, model in rows:
-        found.setdefault((row.kind, row.role, model), []).append(row.t_start)
+        found.setdefault((row.kind, row.role, model), []).append(row.t_start + step_s)
     groups = (CallGroup(*key, len(times), min(times)) for key, times in found.items())
     return tuple(sorted(groups, key=lambda group: group.since))
 

@@ -34,7 +34,11 @@ class Use:
 
     samples: Sequence[Sample]
     in_flight: int
-    waiting: int
+    waiting: int  # `pausing` among them: calls that the endpoint did not take, for the reason `refusal`
+    pausing: int = 0
+    refusal: str = ""
+    denial: str = ""  # what the endpoint says where it denies all calls, which others take
+    away: str = ""  # why the run has to end: no endpoint of the model answers
 
     @property
     def demand(self) -> int:

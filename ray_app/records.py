@@ -30,6 +30,7 @@ EventKind = Literal[
     "result",
     "run_end",
     "limit",
+    "warning",
 ]
 Role = Literal["", "orchestrator", "expert", "user", "judge"]
 Status = Literal["ok", "error", "invalid"]
@@ -91,12 +92,14 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts as the endpoint reports them. Cached are of the prompt, reasoning of the completion."""
+    """Token counts as the endpoint reports them, or `is_estimated` where it reports none. Cached are of the
+    prompt, reasoning of the completion."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
     reasoning_tokens: int = 0
+    is_estimated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +208,7 @@ class TaskResult:
 class Event:
     """One row of the event log, not to be changed once it is appended.
 
-    `t_start` is wall time (Unix seconds), `*_s` are monotonic spans.
+    `t_start` is wall time (Unix seconds) that no step of the clock moves, `*_s` are monotonic spans.
     `payload_hash` points into the payload table; `request_hash` is the digest of what was asked, so
     that a replay can tell whether a recorded reply still answers the same request. `context_tokens` is the
     gathered text in a prompt, `context_cut` what had no room; an `overflow` is a prompt that the endpoint
@@ -260,3 +263,4 @@ class Event:
     context_tokens: int | None = None
     context_cut: int | None = None
     error_type: str | None = None  # the class behind `error`, which `error_kind` only groups
+    is_estimated: bool | None = None  # the tokens and their price: the endpoint told none

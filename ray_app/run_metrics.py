@@ -66,7 +66,7 @@ class RunMetrics:
         self._publish_calls()
 
     def _publish_limits(self, figures: Mapping[str, Any]) -> None:
-        for model, url, limit in figures.get("limits", ()):
+        for model, url, limit, *_ in figures.get("limits", ()):
             self._limit.set(limit, {**self._run, "model": model, "endpoint": url})
         if "limit_usd" in figures:
             self._spent.set(figures["spent_usd"], self._run)

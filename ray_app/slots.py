@@ -42,12 +42,21 @@ class Slots:
     def __init__(self, limit: float = math.inf) -> None:
         self._limit = limit
         self.in_flight = 0
+        # Calls between two attempts, because the endpoint took none, and what it said of that.
+        self.pausing = 0
+        self.refusal = ""
+        # Said for good once the endpoints of the model have answered nothing for longer than its calls wait,
+        # or deny all of them: why the run has to end.
+        self.away = ""
+        # What the endpoint says where it denies all calls, and the model has others.
+        self.denial = ""
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._ended: deque[Sample] = deque(maxlen=MAX_SAMPLES)
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        """Calls that have not gone out: for want of a place, or until the endpoint takes them."""
+        return len(self._waiting) + self.pausing
 
     @property
     def limit(self) -> float:

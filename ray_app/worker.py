@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import ray
 
-from ray_app import lease, pulse
+from ray_app import lease, pulse, waits
 from ray_app.allowance import Allowance
 from ray_app.committer import Committer
 from ray_app.errors import EvalError, InfrastructureError, StorageError, kind_of
@@ -25,6 +25,10 @@ from ray_app.pulse import Pulse
 from ray_app.quotas import Grant, WorkerReport
 from ray_app.records import Event, Outcome, Task, TaskResult, Verdict
 from ray_app.slots import RouteKey, Slots
+
+# No call waits for so long: its place is others' calls, each of which has a deadline.
+MOST_WAITED_S = 6 * 3600.0
+SHORTEST_LOOK_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +96,8 @@ class Worker:
             result = _broken(item, journal, error)
         finally:
             self._journals.pop((item.key, item.attempt), None)
-        if result.outcome != "ok" and not self._allowance.may_spend:
-            # What ends now may end for want of money: it stays pending, and the driver cancels it.
+        if result.outcome != "ok" and not self._allowance.may_fail:
+            # What ends now may end because the run is about to: it stays pending, and the driver cancels it.
             await asyncio.Event().wait()
         # A result that counts has its evidence in the log: a judge-only pass, say, reads it there.
         try:
@@ -108,13 +112,20 @@ class Worker:
             journal.is_closed = True
 
     async def _in_time(self, task: Task, journal: Journal) -> Solved:
-        """The solver's result. Raises InfrastructureError at the deadline, whatever holds the solver."""
+        """The solver's result. Raises InfrastructureError at the deadline, whatever holds the solver.
+
+        The deadline is of the attempt's own time, but waits that do not end are a hang as well.
+        """
         limit_s = self._options.attempt_deadline_s
+        waited = waits.begin_attempt()
         if limit_s is None:
             return await self._solver.solve(task, journal)
         solving = asyncio.ensure_future(self._solver.solve(task, journal))
         try:
-            done, _ = await asyncio.wait({solving}, timeout=limit_s)
+            done, left_s = set[asyncio.Task[Solved]](), limit_s
+            while not done and left_s > 0:
+                done, _ = await asyncio.wait({solving}, timeout=max(left_s, SHORTEST_LOOK_S))
+                left_s = limit_s + min(waited.total_s, MOST_WAITED_S) - journal.elapsed_s
         finally:
             solving.cancel()  # does nothing to one that is done
         if done:

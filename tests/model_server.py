@@ -134,15 +134,17 @@ class ModelServer:
 
 
 @asynccontextmanager
-async def serving(*behaviours: Any, name: str = "m", **listed: Any) -> AsyncIterator[ModelServer]:
-    """A server of the model `name` on a free loopback port; closed at the end."""
+async def serving(
+    *behaviours: Any, name: str = "m", port: int = 0, **listed: Any
+) -> AsyncIterator[ModelServer]:
+    """A server of the model `name` on a loopback port, a free one for 0; closed at the end."""
     server = ModelServer(list(behaviours), name=name, listed=listed)
     app = web.Application()
     app.router.add_post("/v1/chat/completions", server.handle)
     app.router.add_get("/v1/models", server.models)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1.0)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
+    site = web.TCPSite(runner, "127.0.0.1", port)
     await site.start()
     port = runner.addresses[0][1]
     server.url = f"http://127.0.0.1:{port}/v1"

@@ -57,6 +57,17 @@ def test_a_run_of_fewer_tasks_than_the_limit_may_grow_to_is_not_left_in_the_crow
     assert sum(sinks.works[learning:]) / span >= 0.9 * best(curve).rate
 
 
+def test_a_server_that_takes_no_call_for_a_minute_has_its_limit_when_it_is_back() -> None:
+    controller = Controller(Bounds(start=100))
+    for at in range(60):
+        feed(controller, at, [REFUSED] * 8, in_flight=at % 4)
+    assert controller.limit == 100
+    # Too much for it is another matter, whether calls end meanwhile or not.
+    assert feed(controller, 70.0, [REFUSED] * 8, in_flight=40) == 30
+    fast = Controller(Bounds(start=100))
+    assert feed(fast, 1.0, [REFUSED] * 8 + [Sample("ok", 0.1)], in_flight=8) == 6
+
+
 def test_an_endpoint_that_bears_much_is_not_throttled_in_the_first_minute() -> None:
     controller = Controller(Bounds(start=128))
     # Calls of half a minute, none of which has ended when it matters.

@@ -33,7 +33,7 @@ OPTIONAL = {
         "reasoning_tokens",
     ),
     *("cost_usd", "local_hits", "web_hits", "exit_status", "outcome", "is_correct", "confidence"),
-    *("web_calls", "context_tokens", "context_cut"),
+    *("web_calls", "context_tokens", "context_cut", "is_estimated"),
 }
 
 

@@ -14,6 +14,8 @@ import pytest
 
 from ray_app import lease, object_store
 from ray_app.errors import RunDirError, StorageError
+from tests.chaos.disk import disk
+from tests.chaos.unavailable import Unavailable
 from tests.s3_server import BUCKET, S3Server, environment, s3_proxy, s3_server
 
 pytestmark = pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")
@@ -223,9 +225,9 @@ def test_a_run_that_was_deleted_belongs_to_nobody(tmp_path: Path) -> None:
     assert not held.path.exists()
 
 
-@pytest.mark.parametrize(("age_s", "is_free"), [(0, False), (lease.LEASE_S + 5, True)])
+@pytest.mark.parametrize(("age_s", "is_free"), [(0, False), (5, True), (-3600, True)])
 def test_a_driver_on_another_machine_lives_by_its_heartbeat(
-    tmp_path: Path, age_s: float, is_free: bool
+    tmp_path: Path, age_s: float, is_free: bool, short: str
 ) -> None:
     folder = tmp_path / "lease"
     folder.mkdir()
@@ -240,7 +242,19 @@ def test_a_driver_on_another_machine_lives_by_its_heartbeat(
     assert not list(folder.glob(".now-*"))
 
 
-def test_a_record_that_was_torn_keeps_the_run_for_one_lease(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step_s", [3600, -3600])
+def test_a_clock_that_was_set_takes_the_run_from_nobody(tmp_path: Path, short: str, step_s: float) -> None:
+    with driver(tmp_path, TOOLORCH_LEASE_S=short) as other:
+        assert other.answer("take") == "epoch 1"
+        path = tmp_path / "lease" / "epoch-000001.json"
+        # As its last heartbeat looks right after the step.
+        os.utime(path, (time.time() - step_s,) * 2)
+        with pytest.raises(RunDirError, match=f"process {other.process.pid}"):
+            lease.take(tmp_path)
+        assert other.answer("check") == "done"
+
+
+def test_a_record_that_was_torn_keeps_the_run_for_one_lease(tmp_path: Path, short: str) -> None:
     (tmp_path / "lease").mkdir()
     path = tmp_path / "lease" / "epoch-000001.json"
     path.write_text('{"host": ')
@@ -287,6 +301,30 @@ def test_a_disk_that_fails_for_a_moment_ends_no_driver(tmp_path: Path, short: st
     beat = heartbeat(tmp_path, 1)
     until(lambda: heartbeat(tmp_path, 1) > beat)
     held.release()
+
+
+def test_a_disk_that_stands_still_holds_up_no_event_loop(tmp_path: Path, short: str) -> None:
+    try:
+        with disk(tmp_path / "disk", 64) as slow:
+            held = lease.take(slow.folder)
+            with slow.slow(duty=1.0):
+                began, unconfirmed = time.monotonic(), 0
+                while not unconfirmed:
+                    asked = time.monotonic()
+                    try:
+                        held.check()
+                    except StorageError as error:
+                        assert "does not answer the heartbeat" in str(error)
+                        unconfirmed += 1
+                    assert time.monotonic() - asked < 2 * lease.HEARTBEAT_S
+                    time.sleep(0.02)
+                assert time.monotonic() - began >= 0.8, "nobody could have taken the run before"
+            beat = heartbeat(slow.folder, 1)
+            until(lambda: heartbeat(slow.folder, 1) > beat)
+            held.check()
+            held.release()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
 
 
 def test_a_store_that_is_away_for_a_moment_ends_no_driver(

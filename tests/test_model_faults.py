@@ -20,7 +20,8 @@ from aiohttp import web
 
 from ray_app import chat, engine, events, lease, planning
 from ray_app.chat import Router
-from ray_app.config import RunConfig
+from ray_app.config import Endpoint, RunConfig
+from ray_app.governor import Governor
 from ray_app.hle import HleSolver, make_solver
 from ray_app.options import Options
 from ray_app.planning import Tally
@@ -174,19 +175,22 @@ def settings(urls: list[str]) -> RunConfig:
     )
 
 
-async def drive(run_dir: Path, urls: list[str], tasks: list[Task]) -> tuple[Tally, Seen]:
+async def drive(
+    run_dir: Path, settings: RunConfig, tasks: list[Task], governor: Governor | None = None
+) -> tuple[Tally, Seen]:
     held, seen = lease.take(run_dir), Seen()
     options = Options(run_dir, "run", held.epoch, concurrency=len(tasks), workers=2, attempts=1)
     log = options.writer("driver")
     try:
         tally = await engine.run(
             planning.plan(tasks, 1, []),
-            MakeSolver(settings(urls)),
+            MakeSolver(settings),
             options,
             log=log,
             lease=held,
             watcher=seen,
             stop=asyncio.Event(),
+            governor=governor,
         )
     finally:
         held.release()
@@ -204,7 +208,7 @@ def cluster() -> Iterator[None]:
 async def test_every_fault_ends_in_its_class_and_no_call_is_lost(cluster: None, tmp_path: Path) -> None:
     tasks = work()
     async with misbehaving() as endpoints, asyncio.timeout(60):
-        tally, seen = await drive(tmp_path / "run", endpoints.urls, tasks)
+        tally, seen = await drive(tmp_path / "run", settings(endpoints.urls), tasks)
     ended = {result.task_id: (result.outcome, result.error_kind) for result in seen.results}
     expected = {task.task_id: LASTING.get(task.task_id, ("ok", None)) for task in tasks}
     assert ended == expected, {name: (ended[name], expected[name]) for name in ended if ended != expected}
@@ -228,3 +232,22 @@ async def test_every_fault_ends_in_its_class_and_no_call_is_lost(cluster: None, 
     rounds = [row for row in calls if row["task_id"] == "wrong tool"]
     assert len(rounds) == MAX_ROUNDS
     assert next(row["detail"] for row in calls if row["task_id"] == "down") == ",".join(["500"] * 5)
+
+
+async def test_an_endpoint_that_stays_away_ends_the_run_and_fails_no_task(
+    cluster: None, tmp_path: Path
+) -> None:
+    tasks = [Task(f"t{number}", "What is [none]?", "42") for number in range(6)]
+    governor = Governor(workers=2)
+    async with misbehaving() as endpoints, asyncio.timeout(60):
+        config = settings(endpoints.urls)
+        nobody = config.models["expert"].model_copy(
+            update={"endpoints": (Endpoint(base_url="http://127.0.0.1:9/v1"),), "patience_s": 0.5}
+        )
+        away = config.model_copy(update={"models": config.models | {"expert": nobody}})
+        tally, seen = await drive(tmp_path / "run", away, tasks, governor)
+    assert tally.pending == len(tasks) and seen.results == []
+    assert "model expert: http://127.0.0.1:9/v1 answered nothing for 0.5 s" in governor.stopped_for
+    assert "the same command goes on" in governor.stopped_for
+    # What was asked before is kept: one call of the orchestrator a task.
+    assert endpoints.asked == {"none orchestrator": len(tasks)}

@@ -23,6 +23,7 @@ from ray_app.options import Options
 from ray_app.planning import Tally, WorkItem
 from ray_app.pulse import Call, CallGroup, Followed, Pulse
 from ray_app.records import ChatReply, Event, ExecutionResult, Task, TaskResult, Verdict
+from ray_app.waits import waiting
 from ray_app.worker import Solved
 from tests.stand_ins import MemoryLog
 
@@ -256,7 +257,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Stubborn:
-    """Its first attempt makes one call, then hangs and ignores that it is cancelled."""
+    """Its first attempt makes one call, then hangs and ignores that it is cancelled; the second waits."""
 
     folder: Path
 
@@ -271,6 +272,8 @@ class Stubborn:
             while True:
                 with suppress(asyncio.CancelledError):
                     await asyncio.Event().wait()
+        with waiting():  # which is no hang, although it takes longer than the deadline of an attempt
+            await asyncio.sleep(0.8)
         return Solved(task.answer, Verdict(True, "exact"))
 
     async def _run(self) -> ExecutionResult:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import random
 
-from ray_app.allowance import Allowance
+from ray_app.allowance import Allowance, use_of
 from ray_app.concurrency import Bounds
 from ray_app.governor import Governor, Policy
 from ray_app.quotas import Grant, Share, Use, WorkerReport, alone, held_back, split
@@ -100,6 +100,38 @@ def test_spending_stops_at_the_limit_and_waits_for_what_is_out() -> None:
     governor.hear("a", WorkerReport("n", spent_usd=0.45, open_calls=1, has_stopped=True))
     assert not governor.is_spent_out
     governor.hear("a", WorkerReport("n", spent_usd=0.5, has_stopped=True))
+    assert governor.is_spent_out
+
+
+def test_an_endpoint_that_denies_its_calls_is_told_of_once() -> None:
+    now, said = [0.0], list[str]()
+    governor = Governor(Policy({KEY: Bounds(3, 3, 3)}), warn=said.append, clock=lambda: now[0])
+    use = Use((), 0, 0, denial="HTTP 401: bad key")
+    for worker in ("a", "b", "a"):
+        governor.hear(worker, WorkerReport("n", {KEY: use}))
+    now[0] = 1.0
+    rows = [(row.model, row.endpoint, row.error) for row in governor.tick() if row.kind == "warning"]
+    assert rows == [(*KEY, "HTTP 401: bad key")] and governor.may_spend
+    assert said == ["warning: model m: HTTP 401: bad key; its tasks go to the other endpoints"]
+
+
+def test_a_model_whose_endpoints_are_away_stops_the_run_as_money_does() -> None:
+    governor = Governor(workers=2)
+    slots = Slots()
+    slots.pausing, slots.refusal = 3, "HTTP 429: busy"
+    allowance = Allowance({KEY: slots}, open_calls=lambda: 5)
+    assert allowance.may_fail
+    slots.away = "m answered nothing"
+    # What fails from now on stays pending, before the driver knows of it.
+    assert allowance.may_spend and not allowance.may_fail
+    use = use_of(slots)
+    governor.hear("a", WorkerReport("n", {KEY: Use((), 2, 3, 3, slots.refusal)}, open_calls=2))
+    assert governor.may_spend and governor.refused() == [[*KEY, 3, "HTTP 429: busy"]]
+    governor.hear("b", WorkerReport("n", {KEY: use}, open_calls=2))
+    assert not governor.grant("a").may_spend and governor.stopped_for == "m answered nothing"
+    assert governor.refused() == [[*KEY, 6, "HTTP 429: busy"]] and not governor.is_spent_out
+    for name in ("a", "b"):  # calls that wait have not gone out
+        governor.hear(name, WorkerReport("n", {KEY: use}, has_stopped=True))
     assert governor.is_spent_out
 
 

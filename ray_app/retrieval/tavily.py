@@ -34,8 +34,9 @@ MIN_PAGE_TIMEOUT_S, MAX_PAGE_TIMEOUT_S = 1.0, 60.0
 # 20 pages of it stay below the 4 MiB that a reply of Serve may have.
 MAX_PAGE_CHARS = 50_000
 MAX_REPLY_BYTES = 10_000_000
-MAX_TRIES = 4
-BACKOFF_S = 0.5
+# An outage of 7 s is outlasted whatever the jitter: what a search did not find changes an answer.
+MAX_TRIES = 7
+BACKOFF_S, MAX_BACKOFF_S = 0.5, 4.0
 MAX_REASON_CHARS = 200
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
@@ -126,7 +127,7 @@ class Tavily:
             try:
                 return await self._once(path, body)
             except _Passing as error:
-                backoff_s = BACKOFF_S * 2.0 ** (attempt - 1) * self._rng.uniform(0.5, 1.5)
+                backoff_s = min(BACKOFF_S * 2.0 ** (attempt - 1), MAX_BACKOFF_S) * self._rng.uniform(0.5, 1.5)
                 pause_s = max(backoff_s, error.retry_after_s)
                 is_late = asyncio.get_running_loop().time() + pause_s >= give_up_at
                 if is_late or attempt == MAX_TRIES:
@@ -145,7 +146,7 @@ class Tavily:
                     text = await _read(reply)
             except TimeoutError:
                 raise WebError(self._line(path, f"no answer in {self._call_timeout_s:g} s")) from None
-            except (aiohttp.ClientConnectorError, aiohttp.ServerDisconnectedError) as error:
+            except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:  # before any answer
                 raise _Passing(self._line(path, f"{type(error).__name__}: {error}")) from None
             except (aiohttp.ClientError, OSError) as error:  # amid the answer, which may have been billed
                 raise WebError(self._line(path, f"{type(error).__name__}: {error}")) from None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from analysis import tables
 from analysis.log import RunLog, open_run
 from analysis.selection import Selection
+from analysis.summary import summarise
 from analysis.usage import ToolRow, tool_table, usage
 from ray_app.errors import RunDirError
 from ray_app.records import Event
@@ -46,6 +50,21 @@ def test_a_failed_call_counts_as_an_error_and_not_as_a_fast_call(tmp_path: Path)
 def test_a_tool_whose_calls_all_failed_has_no_times(tmp_path: Path) -> None:
     row = rows_by_name(opened(tmp_path, tool_call("search", 1.0, status="error")))["search"]
     assert (row.errors, row.mean_s, row.p99_s) == (1, None, None)
+
+
+def test_tokens_that_no_endpoint_told_are_said_to_be_estimated(tmp_path: Path) -> None:
+    told: dict[str, Any] = {"prompt_tokens": 20, "completion_tokens": 10, "cost_usd": 0.5}
+    log = opened(tmp_path, expert_call(**told), expert_call(**told), expert_call(**told, is_estimated=True))
+    found = usage(log)
+    assert [(row.tokens, row.estimated_tokens) for row in found.rows] == [(90, 30)]
+    console = Console(width=120, file=io.StringIO(), record=True)
+    console.print(tables.usage_page(found), tables.summary_page(summarise(log)))
+    page = console.export_text()
+    assert "Tokens in all: 90; 33.3% of them estimated, with their cost" in page
+    assert "60 prompt (0 cached), 30 completion; 33.3% of them estimated, with their cost" in page
+    without = usage(opened(tmp_path / "other", expert_call(**told)))
+    console.print(tables.usage_page(without))
+    assert "estimated" not in console.export_text()
 
 
 def test_replayed_rows_count_nowhere(tmp_path: Path) -> None:

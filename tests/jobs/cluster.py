@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,8 @@ READY_S = 300
 class Cluster:
     """Where the cluster is, and the environment in which users' commands find it.
 
-    `parents` are the processes of `ray start --block`, by node; all else of a node descends from its one.
+    `extra` is set for all processes and for those of jobs, `own` for those of single nodes. `parents` are the
+    processes of `ray start --block`, by node; all else of a node descends from its one.
     """
 
     gcs: str
@@ -38,6 +39,8 @@ class Cluster:
     serve_config: Path
     folder: Path
     temporary: Path
+    extra: Mapping[str, str] = field(default_factory=dict)
+    own: dict[str, Mapping[str, str]] = field(default_factory=dict)
     parents: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self) -> None:
@@ -90,7 +93,8 @@ class Cluster:
 
     def _run_in_background(self, name: str, command: list[str]) -> None:
         # A node that is gone is found out in 2 s, not 20.
-        environ = self.environ(RAY_health_check_period_ms="500", RAY_health_check_failure_threshold="4")
+        quick = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "4"}
+        environ = self.environ(**quick, **self.own.get(name, {}))
         if "--head" in command:
             del environ["RAY_ADDRESS"]
         with (self.folder / f"{name}.log").open("a") as log:
@@ -106,7 +110,7 @@ class Cluster:
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "COLUMNS": "120",
         }
-        return {**os.environ, **ours, **extra}
+        return {**os.environ, **ours, **self.extra, **extra}
 
     def job(self, *arguments: str, script: str = "jobs/hle.py", **extra: str) -> subprocess.Popen[str]:
         """`python jobs/hle.py`, or another script, as a user types it, with its output on a pipe; pictures,
@@ -183,8 +187,14 @@ def running(folder: Path, latency_s: float) -> Iterator[Cluster]:
 
 
 @contextmanager
-def made(folder: Path, serve_config: dict[str, Any]) -> Iterator[Cluster]:
-    """A cluster that the caller starts, with this Serve config on ports of its own; killed at the end."""
+def made(
+    folder: Path, serve_config: dict[str, Any], extra: Mapping[str, str] | None = None
+) -> Iterator[Cluster]:
+    """A cluster that the caller starts, with this Serve config on ports of its own; killed at the end.
+
+    `extra` is set for its processes and for those of its jobs.
+    """
+    folder.mkdir(exist_ok=True)
     _share_indexes(folder / "home")
     gcs, dashboard, http = free_ports(3)
     serve_config["http_options"]["port"] = http
@@ -199,6 +209,7 @@ def made(folder: Path, serve_config: dict[str, Any]) -> Iterator[Cluster]:
         path,
         folder,
         temporary,
+        extra or {},
     )
     try:
         yield cluster

@@ -34,14 +34,14 @@ class Job:
     cluster: Cluster
     witness: Witness
     run_dir: Path
-    script: str = "jobs/hle.py"
+    limit: int  # of questions
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def start(self, concurrency: int, **environ: str) -> subprocess.Popen[str]:
         endpoint = f"models.baseline.endpoints=[{{base_url: {self.witness.url}}}]"
-        where = ("--run-dir", str(self.run_dir))
+        where = ("--run-dir", str(self.run_dir), "--limit", f"{self.limit}")
         settings = ("--set", endpoint, "--set", f"concurrency={concurrency}")
-        self.started.append(self.cluster.job(*where, *settings, script=self.script, **environ))
+        self.started.append(self.cluster.job(*where, *settings, **environ))
         return self.started[-1]
 
     def end(self) -> None:
@@ -57,13 +57,16 @@ class Job:
         return Told(self.run_dir)
 
 
-def titled(cluster: Cluster, title: str, *nodes: str) -> list[psutil.Process]:
-    """The processes of these nodes (default: of all) to which Ray has given this title."""
-    return [process for process in cluster.processes(*nodes) if _title(process) == title]
+def titled(cluster: Cluster, title: str, *nodes: str, is_prefix: bool = False) -> list[psutil.Process]:
+    """The processes of these nodes (default: of all) that have this title of Ray's, or one that begins so."""
+    found = [(process, _title(process)) for process in cluster.processes(*nodes)]
+    return [each for each, name in found if name == title or (is_prefix and name.startswith(title))]
 
 
 def _title(process: psutil.Process) -> str:
     try:
+        if process.name() == "raylet":
+            return "raylet"
         words = process.cmdline()
     except psutil.Error:  # it is gone, or nearly
         return ""
@@ -171,6 +174,10 @@ class Answer(NamedTuple):
     body: str
 
 
+# By task and trial.
+Answers = dict[tuple[str, int], Answer]
+
+
 @dataclass(frozen=True)
 class Told:
     """What the log of a run tells."""
@@ -181,19 +188,21 @@ class Told:
         rows: list[dict[str, Any]] = events.read(self.run_dir, where={"kind": {kind}}).read_all().to_pylist()
         return rows
 
-    def answers(self) -> dict[str, Answer]:
+    def answers(self) -> Answers:
         rows = events.results(self.run_dir).to_pylist()
         bodies = events.read_payloads(self.run_dir, {row["payload_hash"] for row in rows})
         return {
-            row["task_id"]: Answer(row["outcome"], row["is_correct"], bodies[row["payload_hash"]])
+            (row["task_id"], row["trial"]): Answer(
+                row["outcome"], row["is_correct"], bodies[row["payload_hash"]]
+            )
             for row in rows
         }
 
-    def dialogues(self) -> dict[str, tuple[str, Any]]:
-        """The newest simulation of each task: the hash of its last state, and what was said in it."""
+    def dialogues(self) -> dict[tuple[str, int], tuple[str, Any]]:
+        """The newest simulation of each task and trial: the hash of its last state, and what was said."""
         rows = sorted(self.rows("simulation"), key=lambda row: (row["epoch"], row["attempt"]))
         bodies = events.read_payloads(self.run_dir, {row["payload_hash"] for row in rows})
-        told = {row["task_id"]: json.loads(bodies[row["payload_hash"]]) for row in rows}
+        told = {_key(row): json.loads(bodies[row["payload_hash"]]) for row in rows}
         said = ("role", "content", "tool_calls", "error")
         return {
             task: (
@@ -212,13 +221,7 @@ class Told:
         rows = self.answered()
         return len(rows) - len({_call(row) for row in rows})
 
-    def repeated_of_ended(self, moment: float) -> int:
-        """Model calls of later epochs that, in the first, had ended by `moment` (Unix seconds)."""
-        ended = {_call(row) for row in self.answered() if row["epoch"] == 1 and _end(row) < moment}
-        assert ended, "nothing had ended by then"
-        return sum(row["epoch"] > 1 and _call(row) in ended for row in self.answered())
-
-    def check(self, expected: dict[str, Answer]) -> None:
+    def check(self, expected: Answers) -> None:
         """A complete run: every answer as expected and counted once, no row twice, the summary says so."""
         assert self.answers() == expected
         rows = self.rows("result")
@@ -238,9 +241,9 @@ class Told:
         assert totals["repeated_calls"] == self.repeated()
 
 
+def _key(row: Mapping[str, Any]) -> tuple[str, int]:
+    return row["task_id"], row["trial"]
+
+
 def _call(row: Mapping[str, Any]) -> tuple[str, int, str]:
     return row["rollout_key"], row["call_seq"], row["request_hash"]
-
-
-def _end(row: Mapping[str, Any]) -> float:
-    return float(row["t_start"].timestamp() + row["duration_s"])

@@ -22,8 +22,9 @@ def text_of(url: str) -> str:
 class TavilyServer:
     """Finds the pages that it is given. Remembers what it was asked, and how much at once.
 
-    `faults` names what happens in place of an answer: by "/search" or by the url of a page, the next of the
-    list, the last one for ever. A status with headers, "hang", "reset", "ok", or the bytes of a reply.
+    `faults` names what happens in place of an answer: by "/search" or by the url of a page, or "*" for all
+    others, the next of the list, the last one for ever. A status with headers, "hang", "reset", "ok", or the
+    bytes of a reply.
     """
 
     scores: Sequence[tuple[str, float]]
@@ -44,6 +45,13 @@ class TavilyServer:
     def asked(self) -> int:
         return len(self.searches) + len(self.pages)
 
+    def found(self, query: str) -> Sequence[tuple[str, float]]:
+        """Urls and scores."""
+        return self.scores
+
+    def text(self, url: str) -> str | None:
+        return self.texts.get(url)
+
     async def search(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.searches.append(body)
@@ -56,7 +64,7 @@ class TavilyServer:
             return web.json_response({"detail": [{"msg": "Input should be less"}]}, status=422)
         results = [
             {"title": "t", "url": url, "content": "a snippet", "score": score, "raw_content": None}
-            for url, score in self.scores
+            for url, score in self.found(body["query"])
         ]
         return web.json_response({"query": body["query"], "results": results, "response_time": 0.1})
 
@@ -69,7 +77,7 @@ class TavilyServer:
         if fault is not None:
             return fault
         await asyncio.sleep(self.page_s)
-        text = self.texts.get(url)
+        text = self.text(url)
         results = [] if text is None else [{"url": url, "raw_content": text, "images": []}]
         failed = [{"url": url, "error": "Failed to retrieve content"}] if text is None else []
         return web.json_response({"results": results, "failed_results": failed, "response_time": 0.1})
@@ -80,7 +88,7 @@ class TavilyServer:
         if request.headers.get("Authorization") != f"Bearer {KEY}":
             # Some servers do repeat what they were sent.
             return _refusal(401, f"invalid key: {request.headers.get('Authorization')}")
-        faults = self.faults.get(name, ["ok"])
+        faults = self.faults.get(name) or self.faults.get("*", ["ok"])
         fault = faults.pop(0) if len(faults) > 1 else faults[0]
         if fault == "ok":
             return None
@@ -116,6 +124,12 @@ def _refusal(status: int, message: str, headers: dict[str, str] | None = None) -
 async def serving_tavily(*scores: tuple[str, float], port: int = 0) -> AsyncIterator[TavilyServer]:
     """A server on loopback (0: a free port) that finds these urls; closed at the end."""
     server = TavilyServer(scores, {url: text_of(url) for url, _ in scores})
+    async with serving(server, port):
+        yield server
+
+
+@asynccontextmanager
+async def serving(server: TavilyServer, port: int = 0) -> AsyncIterator[None]:
     server.gate.set()
     app = web.Application(middlewares=[server.counted])
     app.router.add_post("/search", server.search)
@@ -125,6 +139,6 @@ async def serving_tavily(*scores: tuple[str, float], port: int = 0) -> AsyncIter
     await web.TCPSite(runner, "127.0.0.1", port).start()
     server.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     try:
-        yield server
+        yield
     finally:
         await runner.cleanup()

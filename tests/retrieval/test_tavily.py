@@ -166,7 +166,7 @@ async def test_nobody_there_is_an_error_that_says_so() -> None:
     async with serving_tavily() as gone:
         pass
     tavily = Tavily(KEY, gone.url, rng=Hasty())
-    with pytest.raises(WebError, match=r"ClientConnectorError.*\(tries: 4\)"):
+    with pytest.raises(WebError, match=r"ClientConnectorError.*\(tries: 7\)"):
         await tavily.search("ice", 20, soon())
     await tavily.close()
 
