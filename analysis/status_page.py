@@ -95,12 +95,10 @@ def _budget_lines(budget: Budget | None) -> list[str]:
 
 
 def _limit_row(route: RouteLimit) -> list[str]:
-    row = [
-        route.model,
-        route.endpoint,
-        number(route.limit),
-        DASH if route.open is None else number(route.open),
-    ]
+    limit, count = number(route.limit), DASH if route.open is None else number(route.open)
+    if route.all_runs is not None:
+        limit += f" of {number(route.all_runs)} ({route.runs} runs)"
+    row = [route.model, route.endpoint, limit, count]
     change = route.changed
     if change is None:
         return [*row, DASH, DASH, DASH]
