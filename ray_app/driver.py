@@ -309,7 +309,7 @@ def _bounded(job: Job, urls: Mapping[str, str], options: Options, command: Comma
         before_usd = route_limits.spent_usd(job.run_dir)
     policy = Policy(route_limits.bounds(models, urls), limit_usd, before_usd)
     governor = Governor(
-        policy, pressure=metrics.of, workers=options.workers, warn=command.say, is_shared=True
+        policy, pressure=metrics.of, workers=options.workers, is_shared=True, warn=command.say
     )
     return Bounded(governor, metrics)
 

@@ -78,7 +78,7 @@ class _Route:
     def go_alone(self) -> None:
         """Search from what cannot harm, up to what there was: the others may have been granted more since."""
         share, self.share = self.share, None
-        if share is None or self.bounds.is_fixed:
+        if share is None:
             return
         if share.runs == 1:
             self.controller = Controller.resumed(self.bounds, share.now, "alone")
