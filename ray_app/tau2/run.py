@@ -79,7 +79,8 @@ class Tau2Job(Job):
         counts = [
             f"{name} {sum(task.category == name for task in self.tasks)}" for name in self.config.domains
         ]
-        return f"Domains: {', '.join(counts)} (split {self.config.split})"
+        steps = f"{self.config.concurrency} in flight, {self.config.limits.max_steps} steps at most"
+        return f"Domains: {', '.join(counts)} (split {self.config.split}); {steps}"
 
 
 def read_job(config: Tau2Config, run_dir: Path | None, asked: Asked = NOTHING_ASKED) -> Tau2Job:
