@@ -63,6 +63,7 @@ def pass_over(todo: Sequence[Round], folder: Path) -> None:
     began = time.monotonic()
     with world(folder / f"world-{time.time_ns()}") as found:
         say(f"cluster and services are up after {time.monotonic() - began:.0f} s")
+        found.learn(*todo)
         spent = time.monotonic() - began
         put_down(folder, {"start_s": spent})
         for one in todo:

@@ -297,7 +297,7 @@ class Bounded:
     metrics: EngineMetrics
 
 
-def _bounded(job: Job, urls: Mapping[str, str], options: Options) -> Bounded:
+def _bounded(job: Job, urls: Mapping[str, str], options: Options, command: Command) -> Bounded:
     if job.replays is not None:  # it calls nobody
         return Bounded(Governor(workers=options.workers), EngineMetrics({}))
     models = job.config.called()
@@ -308,7 +308,9 @@ def _bounded(job: Job, urls: Mapping[str, str], options: Options) -> Bounded:
     if limit_usd is not None and (job.run_dir / "log").is_dir():
         before_usd = route_limits.spent_usd(job.run_dir)
     policy = Policy(route_limits.bounds(models, urls), limit_usd, before_usd)
-    governor = Governor(policy, pressure=metrics.of, workers=options.workers, is_shared=True)
+    governor = Governor(
+        policy, pressure=metrics.of, workers=options.workers, is_shared=True, warn=command.say
+    )
     return Bounded(governor, metrics)
 
 
@@ -324,7 +326,7 @@ def _run(job: Job, work: planning.Plan, command: Command, held: lease.Lease) -> 
     urls = _serve(job, command) if job.replays is None else {}
     make_solver = command.solver_for(urls)
     options = _options(job, held, len(work.items))
-    bounded = _bounded(job, urls, options)
+    bounded = _bounded(job, urls, options, command)
     # A driver that wakes up must not write the results that it had in hand when it was stopped.
     log = options.writer("driver", guard=held.check)
     try:

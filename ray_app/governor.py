@@ -78,7 +78,7 @@ class _Route:
     def go_alone(self) -> None:
         """Search from what cannot harm, up to what there was: the others may have been granted more since."""
         share, self.share = self.share, None
-        if share is None or self.bounds.is_fixed:
+        if share is None:
             return
         if share.runs == 1:
             self.controller = Controller.resumed(self.bounds, share.now, "alone")
@@ -97,12 +97,14 @@ class Governor:
         *,
         workers: int = 1,
         pressure: Callable[[RouteKey], Pressure | None] = lambda key: None,
+        warn: Callable[[str], None] = lambda line: None,
         clock: Callable[[], float] = time.monotonic,
         is_shared: bool = False,
     ) -> None:
         self.is_shared, self._followed_s = is_shared, -math.inf
         self._policy, self._pressure, self._clock = policy or Policy(), pressure, clock
-        self._workers = workers
+        self._workers, self._warn = workers, warn
+        self._denials = set[RouteKey]()
         self._routes: dict[RouteKey, _Route] = {}
         self._reports: dict[str, WorkerReport] = {}
         self._gone_usd = 0.0
@@ -161,6 +163,12 @@ class Governor:
         for key, use in report.uses.items():
             self._route(key).samples.extend(use.samples)
             self.stopped_for = self.stopped_for or use.away
+            if use.denial and key not in self._denials:
+                self._denials.add(key)
+                self._warn(f"warning: model {key.model}: {use.denial}; its tasks go to the other endpoints")
+                self._changes.append(
+                    Event("warning", steady.now(), model=key.model, endpoint=key.url, error=use.denial)
+                )
 
     def lose(self, worker: str) -> None:
         """A worker that is gone has spent what it spent, and wants nothing."""

@@ -99,6 +99,7 @@ class _Route:
         self.uses: dict[str, RunUse] = {}
         self._controller = Controller(first.bounds)
         self._shares: dict[str, int] = {}
+        self._had: dict[str, int] = {}  # by runs that were heard of while it gathers; some may be gone
         self._samples: list[Sample] = []
         self._fresh: set[str] = set()  # heard of since the last decision
         self._preemptions = 0.0
@@ -130,10 +131,10 @@ class _Route:
 
     def _gather(self, now: float) -> None:
         """Each keeps what it had; once all were heard of, that together is where the search goes on."""
-        had = {run: 1 if use.had is None else use.had for run, use in self.uses.items()}
-        self._shares = {run: max(self._least(self.uses[run]), limit) for run, limit in had.items()}
+        self._had |= {run: 1 if use.had is None else use.had for run, use in self.uses.items()}
+        self._shares = {run: max(self._least(use), self._had[run]) for run, use in self.uses.items()}
         bounds = self._bounds()
-        self._controller = Controller.resumed(bounds, sum(had.values()), "resumed")
+        self._controller = Controller.resumed(bounds, sum(self._had.values()), "resumed")
         if self._gathers_until is not None and now >= self._gathers_until:
             self._gathers_until = None
 

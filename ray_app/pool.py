@@ -247,7 +247,8 @@ class WorkerPool:
             _end(seat)  # what is out of reach for a moment only would go on spending
             if not seat.company:
                 self._start(company=0)
-            pulse.mark_lost(self._options.run_dir, seat.name, self._options.epoch)
+            # A disk that stands still must hold up nobody else.
+            await asyncio.to_thread(pulse.mark_lost, self._options.run_dir, seat.name, self._options.epoch)
             fences: Mapping[Key, int] = {key: item.attempt for key, item in tasks.items()}
             await self._checkpoint.release(self._options.writer_prefix(seat.name), fences)
         except BaseException as broken:  # nobody may wait for what does not come

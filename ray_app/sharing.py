@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import ray
+from ray.exceptions import ActorDiedError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_app import rundir
@@ -49,6 +54,10 @@ class SharedLimits:
         with self._lock:
             self._joint.leave(run)
 
+    def holds(self) -> dict[str, int]:
+        """For tests and for people who look: this process, and how many runs it decides for."""
+        return {"pid": os.getpid(), "runs": self._joint.runs}
+
     def _tend(self) -> None:
         idle_since = time.monotonic()
         while time.monotonic() - idle_since < IDLE_S:
@@ -67,7 +76,7 @@ class Sharing:
     """
 
     def __init__(self, governor: Governor, run: str) -> None:
-        self._governor, self._run = governor, run
+        self._governor, self._run, self._name = governor, run, actor_name()
         self._actor: Any = None
         self._making: asyncio.Future[Any] | None = None
         self._joined = asyncio.Event()
@@ -86,46 +95,48 @@ class Sharing:
         self._following.cancel()
         await asyncio.wait({self._following})
         if self._actor is not None:
-            await self._bounded(self._actor.leave.remote(self._run), LEAVE_TIMEOUT_S)
+            with suppress(RayError, TimeoutError):
+                async with asyncio.timeout(LEAVE_TIMEOUT_S):
+                    await self._actor.leave.remote(self._run)
 
     async def _follow(self) -> None:
         while True:
             began = time.monotonic()
-            shares = await self._bounded(self._exchange(), ANSWER_TIMEOUT_S)
-            if shares is None:
-                self._actor = None  # it may be another one when it answers again
-            else:
-                self._governor.follow(shares)
+            try:
+                async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                    self._governor.follow(await self._exchange())
                 self._joined.set()
+            except Exception as error:  # a run must not end for it, whatever it is
+                _log.info("no joint limits: %s", error)
+                if isinstance(error, ActorDiedError):  # and is not restarted: another one is made
+                    self._actor = None
             await asyncio.sleep(max(0.1, EXCHANGE_S - (time.monotonic() - began)))
 
     async def _exchange(self) -> dict[RouteKey, RunShare]:
         if self._actor is None:
-            self._actor = await self._made()
+            self._making = self._making or _in_thread(partial(_actor, self._name))
+            try:
+                self._actor = await asyncio.shield(self._making)
+            finally:
+                if self._making.done():
+                    self._making = None
         shares: dict[RouteKey, RunShare] = await self._actor.exchange.remote(self._run, self._governor.uses())
         return shares
 
-    async def _made(self) -> Any:
-        """Asking for an actor by its name can block for as long as the cluster's head is away: in one thread
-        at a time, which outlives its caller."""
-        if self._making is None:
-            self._making = asyncio.ensure_future(asyncio.to_thread(_actor))
-        try:
-            return await asyncio.shield(self._making)
-        finally:
-            if self._making.done():
-                self._making = None
 
-    @staticmethod
-    async def _bounded(work: Any, seconds: float) -> Any:
-        """What `work` gives; None where it fails or takes longer, whatever the reason: it has to be done
-        without."""
+def _in_thread(work: Callable[[], Any]) -> asyncio.Future[Any]:
+    """Asking for an actor by its name can block for as long as the cluster's head is away. A thread that
+    nobody waits for at the end, as for one of `asyncio.to_thread`."""
+    found: Future[Any] = Future()
+
+    def run() -> None:
         try:
-            async with asyncio.timeout(seconds):
-                return await work
+            found.set_result(work())
         except Exception as error:
-            _log.info("joint limits: %s", error)
-            return None
+            found.set_exception(error)
+
+    threading.Thread(target=run, name="limits", daemon=True).start()
+    return asyncio.wrap_future(found)
 
 
 def actor_name() -> str:
@@ -133,8 +144,7 @@ def actor_name() -> str:
     return f"limits-{rundir.code_digest()[:8]}"
 
 
-def _actor() -> Any:
-    name = actor_name()
+def _actor(name: str) -> Any:
     return (
         ray.remote(SharedLimits)
         .options(

@@ -103,6 +103,18 @@ def test_spending_stops_at_the_limit_and_waits_for_what_is_out() -> None:
     assert governor.is_spent_out
 
 
+def test_an_endpoint_that_denies_its_calls_is_told_of_once() -> None:
+    now, said = [0.0], list[str]()
+    governor = Governor(Policy({KEY: Bounds(3, 3, 3)}), warn=said.append, clock=lambda: now[0])
+    use = Use((), 0, 0, denial="HTTP 401: bad key")
+    for worker in ("a", "b", "a"):
+        governor.hear(worker, WorkerReport("n", {KEY: use}))
+    now[0] = 1.0
+    rows = [(row.model, row.endpoint, row.error) for row in governor.tick() if row.kind == "warning"]
+    assert rows == [(*KEY, "HTTP 401: bad key")] and governor.may_spend
+    assert said == ["warning: model m: HTTP 401: bad key; its tasks go to the other endpoints"]
+
+
 def test_a_model_whose_endpoints_are_away_stops_the_run_as_money_does() -> None:
     governor = Governor(workers=2)
     slots = Slots()

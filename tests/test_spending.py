@@ -1,18 +1,24 @@
-"""A run-wide spending limit, with real workers: it stops, nothing is lost, and more money goes on."""
+"""Limits with real workers: a run's money, where nothing is lost and more of it goes on; and places that runs
+of a cluster share."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import RayError
 
-from ray_app import engine, events, lease, planning, route_limits
+from ray_app import engine, events, lease, planning, route_limits, sharing
+from ray_app.checkpoint import NAMESPACE
 from ray_app.concurrency import Bounds
 from ray_app.governor import Governor, Policy
 from ray_app.journal import CHAT, Journal
@@ -44,16 +50,17 @@ class PaidSolver:
     """Asks a model that costs, through slots as a chat client has them; notes how many it had open."""
 
     folder: Path
+    key: RouteKey
 
     def __post_init__(self) -> None:
         self._slots = Slots()
 
     def slots(self) -> Mapping[RouteKey, Slots]:
-        return {KEY: self._slots}
+        return {self.key: self._slots}
 
     async def solve(self, task: Task, journal: Journal) -> Solved:
         for number in range(CALLS):
-            await journal.call(CHAT, {"model": KEY.model, "number": number}, self._ask)
+            await journal.call(CHAT, {"model": self.key.model, "number": number}, self._ask)
         return Solved(task.answer, Verdict(True, "exact"))
 
     async def _ask(self) -> ChatReply:
@@ -62,7 +69,7 @@ class PaidSolver:
             await asyncio.sleep(CALL_S)
         finally:
             self._slots.release(Sample("ok", CALL_S, completion_tokens=1))
-        return ChatReply("said", model=KEY.model, cost_usd=CALL_USD)
+        return ChatReply("said", model=self.key.model, cost_usd=CALL_USD)
 
     async def close(self) -> None:
         pass
@@ -71,9 +78,10 @@ class PaidSolver:
 @dataclass(frozen=True)
 class MakePaid:
     folder: Path
+    key: RouteKey = KEY
 
     def __call__(self) -> PaidSolver:
-        return PaidSolver(self.folder)
+        return PaidSolver(self.folder, self.key)
 
 
 async def drive(run_dir: Path, limit_usd: float) -> tuple[Tally, Governor]:
@@ -131,3 +139,80 @@ async def test_a_run_stops_at_its_spending_limit_and_goes_on_with_a_higher_one(
     assert Counter(Counter(calls).values()) == {1: len(TASKS) * CALLS}
     assert abs(route_limits.spent_usd(run_dir) - whole) < 1e-9
     assert {(model, url, json.loads(detail)["new"]) for model, url, detail in limits} == {(*KEY, MOST_OPEN)}
+
+
+SHARED = RouteKey("shared", "http://127.0.0.1:1/v1")
+
+
+async def begin(run_dir: Path, governor: Governor, stop: asyncio.Event) -> Tally:
+    """A run that asks at `SHARED`, until it is stopped."""
+    lent = lease.take(run_dir)
+    options = Options(run_dir, "run", lent.epoch, IN_FLIGHT, 1, 3)
+    log = options.writer("driver")
+    work = planning.plan([Task(f"task/{n}", f"question {n}", str(n)) for n in range(2000)], 1, [])
+    try:
+        return await engine.run(
+            work,
+            MakePaid(run_dir, SHARED),
+            options,
+            log=log,
+            lease=lent,
+            watcher=Seen(),
+            stop=stop,
+            governor=governor,
+        )
+    finally:
+        lent.release()
+        await asyncio.to_thread(log.close)
+
+
+async def test_two_runs_share_one_limit_also_after_the_actor_that_decides_it_was_killed(
+    cluster: None, tmp_path: Path
+) -> None:
+    bounds = Bounds(start=MOST_OPEN, most=MOST_OPEN)
+    governors = [Governor(Policy({SHARED: bounds}), is_shared=True) for _ in range(2)]
+    stops = [asyncio.Event() for _ in governors]
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    runs = [asyncio.create_task(begin(*run)) for run in zip(folders, governors, stops, strict=True)]
+
+    async def until(holds: Callable[[list[list[int]]], bool]) -> None:
+        """`holds` of each run's share, with the limit of all and their number where they are several."""
+        async with asyncio.timeout(60):
+            while not holds([governor.figures()["limits"][0][2:] for governor in governors]):
+                await asyncio.sleep(0.05)
+                assert not runs[0].done(), runs[0].result()
+
+    def are_even(limits: list[list[int]]) -> bool:
+        shares, limit = [one[0] for one in limits], sum(one[0] for one in limits)
+        is_whole = all(one[1:] == [limit, 2] for one in limits)
+        return is_whole and limit >= MOST_OPEN and max(shares) - min(shares) <= 1
+
+    try:
+        await until(are_even)
+        actor = ray.get_actor(sharing.actor_name(), namespace=NAMESPACE)
+        killed = (await actor.holds.remote())["pid"]
+        os.kill(killed, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            while not await decides_again(actor, killed):  # noqa: ASYNC110  (another process)
+                await asyncio.sleep(0.05)
+        await until(are_even)
+        # And one that ends says so: the other needs not wait for its lease.
+        stops[1].set()
+        assert (await runs[1]).counts["failed"] == 0
+        await until(lambda limits: limits[0] == [MOST_OPEN])
+    finally:
+        for stop in stops:
+            stop.set()
+        tallies = await asyncio.gather(*runs)
+    assert all(tally.counts["ok"] > 0 and tally.counts["failed"] == 0 for tally in tallies)
+
+
+async def decides_again(actor: Any, killed: int) -> bool:
+    """Whether both runs have joined the actor that took the place of the one that was killed."""
+    try:
+        holds = await actor.holds.remote()
+    except RayError:
+        return False
+    return bool(holds["pid"] != killed and holds["runs"] == 2)

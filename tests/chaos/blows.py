@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from tests.chaos.job import Carried
     from tests.chaos.world import World
 
-# How long what is held up or away stays so.
-OUTAGE_S = (1.5, 8.0)
 VICTIM_S = 60.0
 STEPS_S = (-86_400, -3600, -2, 2, 3600, 86_400)
 REPLICAS = {"retriever": "ray::ServeReplica:retriever:retriever", "model": "ray::ServeReplica:baseline"}
@@ -46,6 +44,7 @@ class Scene:
     world: World
     job: Carried
     rng: random.Random
+    outages_s: tuple[float, float]
 
     def strike(self, kind: Kind) -> str:
         """Strike, undo what the blow holds, start again what only a person would; what was hit, in words."""
@@ -61,7 +60,7 @@ class Scene:
         return self.rng.choice(found)
 
     def outage_s(self) -> float:
-        return self.rng.uniform(*OUTAGE_S)
+        return self.rng.uniform(*self.outages_s)
 
 
 def _killed(title: str) -> Callable[[Scene], str]:
