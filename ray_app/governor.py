@@ -167,7 +167,7 @@ class Governor:
                 self._denials.add(key)
                 self._warn(f"warning: model {key.model}: {use.denial}; its tasks go to the other endpoints")
                 self._changes.append(
-                    Event("warning", time.time(), model=key.model, endpoint=key.url, error=use.denial)
+                    Event("warning", steady.now(), model=key.model, endpoint=key.url, error=use.denial)
                 )
 
     def lose(self, worker: str) -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import ray
@@ -75,7 +76,7 @@ class Sharing:
     """
 
     def __init__(self, governor: Governor, run: str) -> None:
-        self._governor, self._run = governor, run
+        self._governor, self._run, self._name = governor, run, actor_name()
         self._actor: Any = None
         self._making: asyncio.Future[Any] | None = None
         self._joined = asyncio.Event()
@@ -113,7 +114,7 @@ class Sharing:
 
     async def _exchange(self) -> dict[RouteKey, RunShare]:
         if self._actor is None:
-            self._making = self._making or _in_thread(_actor)
+            self._making = self._making or _in_thread(partial(_actor, self._name))
             try:
                 self._actor = await asyncio.shield(self._making)
             finally:
@@ -143,8 +144,7 @@ def actor_name() -> str:
     return f"limits-{rundir.code_digest()[:8]}"
 
 
-def _actor() -> Any:
-    name = actor_name()
+def _actor(name: str) -> Any:
     return (
         ray.remote(SharedLimits)
         .options(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, zip_longest
@@ -27,10 +27,11 @@ from ray_app.journal import Journal
 from ray_app.ordering import NOTHING_ASKED, Asked
 from ray_app.prompting import Prompts, load_prompts
 from ray_app.recording import Nothing, Recording, without_time
-from ray_app.records import ChatReply, Message, Task, Verdict, digest
+from ray_app.records import Task, Verdict, digest
 from ray_app.tau2 import upstream
 from ray_app.tau2.config import Tau2Config, trial_seed
 from ray_app.tau2.domain import Domain, Environment, prepare
+from ray_app.tau2.judging import ask_judge, verdict_of
 from ray_app.tau2.loop import Dialogue, Rules
 from ray_app.tau2.results import simulation_json
 from ray_app.tau2.reward import Reward
@@ -96,7 +97,7 @@ def read_job(config: Tau2Config, run_dir: Path | None, asked: Asked = NOTHING_AS
         "prompt_digest": prompts.digest,
         "tasks_digest": data.digest,
         **ordering.identity(whole, data),
-        "domains_digest": _fingerprints(config, domains),
+        "domains_digest": domains_digest(config, domains),
     }
     path = rundir.locate(config, identity, None if run_dir is None else object_store.local(run_dir))
     return Tau2Job(config, data, prompts, identity, path, serve_config, data_folder=folder)
@@ -111,7 +112,7 @@ def read_replay(recording: Recording, config: Tau2Config, run_dir: Path | None) 
         {
             "prompt_digest": prompts.digest,
             "tasks_digest": data.digest,
-            "domains_digest": _fingerprints(config, domains),
+            "domains_digest": domains_digest(config, domains),
         }
     )
     config = recording.named(config, identity)
@@ -163,7 +164,8 @@ def spec_of(task: Task) -> TaskSpec:
     return TaskSpec.model_validate({**json.loads(task.question), CRITERIA: json.loads(task.answer)})
 
 
-def _fingerprints(config: Tau2Config, domains: Mapping[str, Domain]) -> str:
+def domains_digest(config: Tau2Config, domains: Mapping[str, Domain]) -> str:
+    """Equal where the same dialogues would be the same, beside their tasks."""
     return digest([_fingerprint(domain, is_solo=config.solo) for domain in domains.values()])
 
 
@@ -286,40 +288,15 @@ class Tau2Solver:
     ) -> Reward:
         """The reward, kept with the simulation. Raises JudgeError or an endpoint's error: it is owed."""
         asked = await asyncio.to_thread(domain.questions, spec, simulation)
-        judged = await self._ask_judge(domain, spec, simulation, asked, journal) if asked else ""
+        journal.tool = journal.alias = ""
+        judged = await ask_judge(self.caller, journal, self.config.judge, domain, spec, asked)
         async with self.computing:
             reward = await asyncio.to_thread(domain.reward, spec, simulation, judged)
         _keep(journal, simulation, reward)
         return reward
 
-    async def _ask_judge(
-        self,
-        domain: Domain,
-        spec: TaskSpec,
-        simulation: Simulation,
-        asked: Sequence[Message],
-        journal: Journal,
-    ) -> str:
-        settings = self.config.judge
-        journal.tool = journal.alias = ""
-
-        def check(reply: ChatReply) -> None:
-            domain.check_judged(spec, reply.content)
-
-        reply = await self.caller.ask(
-            journal, "judge", settings.model, tuple(asked), settings.sampling, check=check
-        )
-        return reply.content
-
     def _verdict(self, simulation: Simulation, reward: Reward, journal: Journal) -> Verdict:
-        told = {"reason": simulation.reason, "parts": dict(reward.parts), "note": reward.note}
-        is_judged = "NL_ASSERTION" in reward.parts
-        verdict = Verdict(
-            reward.value == 1.0,
-            "reward",
-            reasoning=json.dumps(told),
-            judge_model=self.config.judge.model if is_judged else "",
-        )
+        verdict = verdict_of(simulation.reason, reward, self.config.judge)
         journal.note(
             "verdict",
             is_correct=verdict.is_correct,

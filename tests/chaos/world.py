@@ -34,6 +34,8 @@ SERVICES = (
     "ray::ServeReplica:retriever",
 )
 UP_S = 120.0
+# A driver waits for a cluster that is gone for so long, and not for a minute.
+NOTICED_SOON = {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
 
 
 @dataclass
