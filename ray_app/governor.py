@@ -137,15 +137,16 @@ class Governor:
 
     def figures(self) -> dict[str, Any]:
         """For the status, from any thread: the limit of each route, with that of all runs and their number
-        where they are several; the calls that it does not take with what it says; and dollars spent, where
-        they have a limit."""
+        where they are several; the calls that it does not take with what it says; and dollars spent and
+        their limit, where they have one."""
         limits = [
             [*key, route.limit, *((share.limit, share.runs) if share and share.runs > 1 else ())]
             for key, route in list(self._routes.items())
             for share in [route.share]
         ]
-        spent = {"spent_usd": self.spent_usd} if self.counts_money else {}
-        return {"limits": limits, "refused": self.refused(), **spent}
+        most_usd = self._policy.run_cost_usd
+        budget = {} if most_usd is None else {"spent_usd": self.spent_usd, "limit_usd": most_usd}
+        return {"limits": limits, "refused": self.refused(), **budget}
 
     def refused(self) -> list[list[Any]]:
         """Model, URL, calls that wait since it took none, and what it said, of each route that has some."""
