@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import signal
 import time
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from tests.chaos.world import World
 
 VICTIM_S = 60.0
+# Longer outages of the web are not waited for: the search says so and goes on with what the corpus has.
+WEB_S = 5.0
 STEPS_S = (-86_400, -3600, -2, 2, 3600, 86_400)
 REPLICAS = {"retriever": "ray::ServeReplica:retriever:retriever", "model": "ray::ServeReplica:baseline"}
 STOPPED = ("ray::Worker", "ray::Checkpoint", "driver", "node", *REPLICAS.values())
@@ -144,9 +147,9 @@ def _stop(scene: Scene) -> str:
     return f"{what} stopped for {held_s:.1f} s"
 
 
-def _held(scene: Scene, what: str, fault: AbstractContextManager[object]) -> str:
+def _held(scene: Scene, what: str, fault: AbstractContextManager[object], most_s: float = math.inf) -> str:
     """That fault, for a while."""
-    held_s = scene.outage_s()
+    held_s = min(scene.outage_s(), most_s)
     with fault:
         time.sleep(held_s)
     return f"{what} for {held_s:.1f} s"
@@ -159,7 +162,7 @@ def _web(scene: Scene) -> str:
         return _killed("ray::ServeReplica:retriever:web")(scene)
     web = scene.world.web
     faults = {"refused": web.refused, "failing": web.failing, "hanging": web.hanging}
-    return _held(scene, f"the web search was {kind}", faults[kind]())
+    return _held(scene, f"the web search was {kind}", faults[kind](), WEB_S)
 
 
 def _s3(scene: Scene) -> str:

@@ -165,6 +165,8 @@ def judged(world: World, outcome: Outcome, expected: Expected) -> Outcome:
             wrong.append(f"{_name(key)}: {found.answers[key]!r:.300}, expected {answer!r:.300}")
         elif found.dialogues.get(key) != expected.dialogues.get(key):
             wrong.append(f"{_name(key)}: another dialogue")
+        elif (searches := found.searches.get(key)) != expected.searches.get(key):
+            wrong.append(f"{_name(key)}: searches {searches}, expected {expected.searches.get(key)}")
     unknown = found.answers.keys() - expected.answers.keys()
     wrong += [f"{_name(key)}: never asked for" for key in unknown]
     wrong += _summed(told, len(expected.answers))

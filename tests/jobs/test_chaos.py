@@ -11,13 +11,14 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.chaos.plan import Round, every_kind_once
 from tests.chaos.play import judged, play
-from tests.chaos.world import Expected, World, world
+from tests.chaos.world import World, world
 from tests.jobs.cluster import finished, until
 from tests.jobs.kills import Answer, Answers, Job, titled
 
