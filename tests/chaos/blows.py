@@ -26,7 +26,7 @@ STEPS_S = (-86_400, -3600, -2, 2, 3600, 86_400)
 REPLICAS = {"retriever": "ray::ServeReplica:retriever:retriever", "model": "ray::ServeReplica:baseline"}
 STOPPED = ("ray::Worker", "ray::Checkpoint", "driver", "node", *REPLICAS.values())
 # A driver whose cluster is gone says so and ends, or it hangs.
-NOTICED_S = 150.0
+NOTICED_S = 30.0
 
 
 class NoVictim(Exception):
@@ -35,6 +35,10 @@ class NoVictim(Exception):
 
 class Hung(Exception):
     """Something that should have ended by itself did not."""
+
+
+class Wrong(Exception):
+    """Something ended otherwise than it is promised."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,8 @@ def _cluster(scene: Scene) -> str:
         lambda: scene.job.command.has_ended, time.monotonic() + NOTICED_S
     ):
         raise Hung(f"the driver goes on {NOTICED_S:g} s after its cluster was killed")
+    if not is_with_driver and "error: the Ray cluster at " not in scene.job.command.transcript.read_text():
+        raise Wrong("a driver without cluster ended without a word")
     scene.world.start_again()
     scene.job.again()
     return "everything" if is_with_driver else "the cluster, under a driver that lives"

@@ -35,7 +35,7 @@ SERVICES = (
 )
 UP_S = 120.0
 # A driver waits for a cluster that is gone for so long, and not for a minute.
-NOTICED_SOON = {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
+NOTICED_SOON = {"TOOLORCH_CLUSTER_LOST_S": "8"}
 
 
 @dataclass
