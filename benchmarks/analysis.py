@@ -11,6 +11,7 @@ turns; both must find the same. Last, the page of a run with texts: built cold, 
 
 from __future__ import annotations
 
+import codecs
 import json as jsonlib
 import re
 import statistics
@@ -133,7 +134,9 @@ def report_page(folder: Path, sizes: Sizes) -> Iterator[Figure]:
     characters = write_texts(run, folder / "told")
     page = folder / "page.html"
     cost = run_command("report", folder / "told", "--no-redact", "--out", str(page))
-    held = re.search(rb'"text_bytes":(\d+),"document_bytes":(\d+)', page.read_bytes())
+    body = page.read_bytes()
+    markup = body.decode("utf-16" if body.startswith(codecs.BOM_UTF16) else "utf-8")
+    held = re.search(r'"text_bytes":(\d+),"document_bytes":(\d+)', markup)
     if held is None:
         raise RuntimeError(f"{page} does not say how much it holds of each text")
     yield Figure("report: events of a run with texts", len(run.table))

@@ -63,6 +63,7 @@ def pass_over(todo: Sequence[Round], folder: Path) -> None:
     began = time.monotonic()
     with world(folder / f"world-{time.time_ns()}") as found:
         say(f"cluster and services are up after {time.monotonic() - began:.0f} s")
+        found.learn(*todo)
         spent = time.monotonic() - began
         put_down(folder, {"start_s": spent})
         for one in todo:
@@ -70,7 +71,7 @@ def pass_over(todo: Sequence[Round], folder: Path) -> None:
             outcome = play(found, one, folder, say)
             put_down(folder, outcome.as_json())
             say(f"seed {one.number}: {'good' if outcome.is_good else 'BAD'} after {outcome.seconds:.0f} s")
-            for name in ("lost", "double", "hung", "wrong", "missed"):
+            for name in ("lost", "double", "hung", "wrong", "broken", "missed"):
                 for line in getattr(outcome, name):
                     say(f"  {name}: {line}")
             if not outcome.is_good:

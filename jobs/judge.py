@@ -1,5 +1,7 @@
 """Judge a run again with another judge: `python jobs/judge.py RUN_DIR --set judge.model=X`.
 
+Of a tau2 run, the recorded simulations are rewarded again: environments and evaluator as they are now.
+
 No rollout call is made, and the run's own verdicts and score stay; the second verdicts are stored beside
 them under a label. Needs no Ray: a judge that is a `service:` must be served already. Run the same
 command again to resume. Exit codes: 0 complete, 1 the endpoint failed, 2 a mistake in what was asked,
@@ -25,6 +27,7 @@ from analysis.agreement import Agreement, Pair, agreement, agreement_page
 from analysis.text import usd
 from ray_app import driver, object_store, opinions, rejudge, rundir
 from ray_app.errors import ConfigError, EvalError
+from ray_app.tau2 import review
 
 
 def main(
@@ -53,7 +56,12 @@ def main(
         if json is not None and not json.absolute().parent.is_dir():
             raise ConfigError(f"--json {json}: no such folder; make it first")
         run_dir = object_store.local(run_dir)
-        asked = opinions.read_pass(run_dir, set_ or (), prompts=prompts, protocol=protocol, label=label)
+        if opinions.benchmark_of(run_dir) == "tau2":
+            if protocol is not None:
+                raise ConfigError(f"--protocol {protocol}: of HLE's judges; a simulation has one reward")
+            asked = review.read_pass(run_dir, set_ or (), prompts=prompts, label=label)
+        else:
+            asked = opinions.read_pass(run_dir, set_ or (), prompts=prompts, protocol=protocol, label=label)
         if plan:
             raise typer.Exit(_show_plan(asked, console))
         tally = rejudge.carry_out(asked, lambda line: _say(console, line))
@@ -89,14 +97,7 @@ def _report(asked: opinions.JudgePass, tally: rejudge.Tally, console: Console, j
     """The table, the accounting and the figures, from what is stored now."""
     work, spent = opinions.plan(asked), rejudge.spent(asked, tally.epoch)
     found = agreement(_pairs(asked, work))
-    first, second = asked.own, asked.job
-    console.print(
-        agreement_page(
-            found,
-            f"{first.judge.model} ({first.protocol})",
-            f"{second.config.judge.model} ({second.protocol_label()})",
-        )
-    )
+    console.print(agreement_page(found, *asked.names))
     _say(console, "Over the results above, not over all that were planned: the run's score stays as it was.")
     changed = sum(item.has_other_reference for item in work.items)
     if changed:

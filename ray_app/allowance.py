@@ -79,4 +79,5 @@ class Allowance:
 
 
 def use_of(slots: Slots) -> Use:
-    return Use(slots.take(), slots.in_flight, slots.waiting, slots.pausing, slots.refusal, slots.away)
+    counts = slots.in_flight, slots.waiting, slots.pausing
+    return Use(slots.take(), *counts, slots.refusal, slots.denial, slots.away)

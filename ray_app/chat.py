@@ -67,6 +67,7 @@ class _Call:
     waited_s: float = 0.0  # after refusals
     faults: list[str] = field(default_factory=list)
     failed: dict[str, float] = field(default_factory=dict)  # URL -> when it may be asked again
+    denied: set[str] = field(default_factory=set)  # URLs that would deny it again
 
     def marked(self, error: BaseException) -> None:
         """Write onto `error` where the call went last and what it met: its event records it."""
@@ -130,6 +131,9 @@ class Router:
                 route.open -= 1
             call.faults.append(fault.name)
             call.failed[route.url] = loop.time() + fault.retry_after_s
+            if fault.is_denial:
+                self._pass_over(call, route, fault.error)
+                continue
             if fault.is_refusal:
                 await self._wait_out(call, route, fault.error)
                 continue
@@ -140,6 +144,21 @@ class Router:
             if loop.time() + pause_s >= call.deadline:
                 raise self._out_of_time(call, fault.error)
             await asyncio.sleep(pause_s)
+
+    def _pass_over(self, call: _Call, route: Route, denial: EvalError) -> None:
+        """An endpoint that refuses our key, or has no such model. Raises AccessDenied where none is left."""
+        call.denied.add(route.url)
+        routes, name = self._routes[call.request.model], call.request.model
+        if len(call.denied) < len(routes):
+            route.slots.denial = "" if route.is_healthy else str(denial)
+            return
+        if all(one.is_denying for one in routes):
+            for one in routes:
+                one.slots.away = (
+                    f"model {name}: every call is denied: {denial}; stopped here: mend the key or "
+                    f"models.{name}, and the same command goes on"
+                )
+        raise denial
 
     async def _wait_out(self, call: _Call, route: Route, refusal: EvalError) -> None:
         """Until an endpoint that did not take the call may be asked again: no part of the call's time.
@@ -185,11 +204,15 @@ class Router:
             failed = {url: until for url, until in failed.items() if until > now}
             if call.route and any(route.url not in failed for route in usable if route is not call.route):
                 failed[call.route.url] = now
-        return self._homes[name].pick(call.request.session, self._routes[name], failed)
+        return self._homes[name].pick(call.request.session, self._left(call), failed)
 
     def _usable(self, call: _Call) -> list[Route]:
-        routes = self._routes[call.request.model]
+        routes = self._left(call)
         return [route for route in routes if route.is_healthy] or routes
+
+    def _left(self, call: _Call) -> list[Route]:
+        routes = self._routes[call.request.model]
+        return [route for route in routes if route.url not in call.denied] if call.denied else routes
 
     async def _attempt(self, call: _Call, route: Route) -> Answered:
         await self._slot(call, route)
@@ -198,13 +221,13 @@ class Router:
         ending: Ending = "cancelled"
         try:
             answered = await route.ask(self._connections.session(), call.body, call.request.session, limits)
-            ending, tokens, route.slots.refusal = "ok", answered.answer.usage.completion_tokens, ""
+            ending, tokens = "ok", answered.answer.usage.completion_tokens
             prefill_s = answered.first - answered.sent
             route.answered()
             return answered
         except Fault as fault:
             ending = fault.ending
-            route.failed(fault)
+            route.failed(fault, call.request.session)
             raise
         finally:
             route.slots.release(Sample(ending, time.monotonic() - started, prefill_s, tokens))

@@ -75,12 +75,14 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`replayed` tasks, and those of them that diverged; `missing` have no result in the record, or here."""
+    """`replayed` tasks, and those of them that diverged. `missing` have no result in the record, or here;
+    `lost` are those of them that have one there."""
 
     replayed: int
     diverged: tuple[Divergence, ...]
     missing: int
     differences: tuple[str, ...]
+    lost: int = 0
 
     @property
     def equal(self) -> int:
@@ -88,11 +90,13 @@ class Comparison:
 
     @property
     def exit_code(self) -> int:
-        return 1 if self.diverged or not self.replayed else 0
+        return 1 if self.diverged or self.lost or not self.replayed else 0
 
     def line(self) -> str:
-        missing = f"; {self.missing} of the plan have nothing to compare" if self.missing else ""
-        return f"{self.replayed} tasks, {self.equal} equal, {len(self.diverged)} diverged{missing}"
+        lost = f"; {self.lost} recorded have no result here" if self.lost else ""
+        never = self.missing - self.lost
+        missing = f"; {never} of the plan have nothing to compare" if never else ""
+        return f"{self.replayed} tasks, {self.equal} equal, {len(self.diverged)} diverged{lost}{missing}"
 
     def figures(self) -> dict[str, Any]:
         """For scripts: plain JSON data."""
@@ -102,6 +106,7 @@ class Comparison:
             "equal": self.equal,
             "diverged": [{name: getattr(one, name) for name in names} for one in self.diverged],
             "missing": self.missing,
+            "lost": self.lost,
             "differences": list(self.differences),
             "exit_code": self.exit_code,
         }
@@ -113,7 +118,9 @@ def compare(
     """`new`, task by task, beside `old`."""
     both = sorted(old.keys() & new.keys(), key=lambda key: (new[key].task_id, key))
     found = (first_difference(old[key], new[key], key[1]) for key in both)
-    return Comparison(len(both), tuple(one for one in found if one), planned - len(both), differences)
+    diverged = tuple(one for one in found if one)
+    lost = len(old.keys() - new.keys())
+    return Comparison(len(both), diverged, planned - len(both), differences, lost)
 
 
 def first_difference(old: Trace, new: Trace, trial: int = 0) -> Divergence | None:

@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, overload
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ray_app.errors import ConfigError
 from ray_app.records import digest
@@ -39,9 +48,9 @@ Config = TypeVar("Config", bound="BaseRun")
 
 
 class Section(BaseModel):
-    """Base of every config section: unknown keys are errors, values are frozen."""
+    """Base of every config section: unknown keys are errors, values are frozen, numbers finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Adaptive(Section):
@@ -133,6 +142,15 @@ class ModelConfig(Section):
         False, description="ask the endpoint to decode calls by the tools' schema, one call a reply"
     )
     extra_body: dict[str, Any] = {}
+
+    @field_validator("extra_body")
+    @classmethod
+    def _is_json(cls, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(body, allow_nan=False)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"expected what JSON can say ({error})") from None
+        return body
 
     @model_validator(mode="after")
     def _each_address_once(self) -> Self:

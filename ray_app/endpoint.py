@@ -27,7 +27,8 @@ from ray_app.faults import Fault, malformed
 from ray_app.slots import RouteKey, Slots
 from ray_app.sse import EventParser
 
-# An endpoint that cannot be reached, or failed this often in a row, is left alone for a while.
+# An endpoint is left alone for a while that cannot be reached or refuses its key, failed this often in a row,
+# or denied so many tasks.
 FAULTS_IN_A_ROW = 3
 COOL_DOWN_S = 10.0
 MAX_ERROR_BYTES = 64 << 10
@@ -65,6 +66,7 @@ class Route:
         self.answering = 0  # calls that it has taken and not ended
         self.answered_at = float("-inf")  # monotonic
         self._faults = 0
+        self._denied = set[str]()  # sessions, since it last answered
         self._out_until = float("-inf")
         self._chat_url = _address(url, "/chat/completions")
         self._models_url = _address(url, "/models")
@@ -86,11 +88,22 @@ class Route:
     def answered(self) -> None:
         """It works, whatever it said."""
         self._faults, self._out_until = 0, float("-inf")
+        self._denied.clear()
+        self.slots.refusal = self.slots.denial = ""
         self.answered_at = time.monotonic()
 
-    def failed(self, fault: Fault) -> None:
+    @property
+    def is_denying(self) -> bool:
+        """Whether it denies calls whatever they ask: those of several tasks, and it answered none since."""
+        return len(self._denied) >= FAULTS_IN_A_ROW
+
+    def failed(self, fault: Fault, session: str = "") -> None:
         """A fault that says something of the endpoint. That it has too much to do now does not."""
-        if not fault.is_passing:
+        if fault.is_denial:
+            self._denied.add(session)
+            if fault.name == "401" or self.is_denying:
+                self._out_until = time.monotonic() + COOL_DOWN_S
+        elif not fault.is_passing:
             self.answered()
         elif fault.name != "429":
             self._faults += 1

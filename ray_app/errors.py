@@ -15,6 +15,7 @@
     │   └── StorageError          run directory or object store
     ├── ModelError                terminal for the task: the same call would fail again
     │   ├── ContextOverflow       the prompt is longer than the endpoint accepts
+    │   ├── UnusableReply         no message and no tool call, as often as it was asked
     │   └── Refusal               content filter, or a request the endpoint calls invalid
     ├── ToolError                 goes back to the model as tool output
     ├── JudgeError                the rollout is kept, the verdict is owed
@@ -93,6 +94,10 @@ class ModelError(EvalError):
 
 class ContextOverflow(ModelError):
     """The prompt is longer than the endpoint's context."""
+
+
+class UnusableReply(ModelError):
+    """A side's model sent, as often as it was asked, nothing that is a message or a tool call."""
 
 
 class Refusal(ModelError):

@@ -1,8 +1,9 @@
 """What can go wrong with one attempt at a model call: its name, and the error that it is.
 
-EndpointError means that another attempt may go better; every other class is terminal. A refusal is an attempt
-that the endpoint did not take: it cost nothing, and says only that the call has to wait. Names are short, so
-that the event log can list what a call met: an HTTP status ("429"), or one of
+EndpointError means that another attempt may go better; every other class is terminal. A refusal is an
+attempt that the endpoint did not take: it cost nothing, and says only that the call has to wait. A denial is
+about the endpoint and our key to it, so another endpoint may take the call. Names are short, so that the
+event log can list what a call met: an HTTP status ("429"), or one of
 
     connect     no connection              stall      the stream stood still
     reset       cut while it was used      truncated  ended before the answer did
@@ -45,18 +46,30 @@ class Fault(Exception):
     """One attempt failed. `error` is what the caller gets where no other attempt is made."""
 
     def __init__(
-        self, name: str, error: EvalError, retry_after_s: float = 0.0, *, is_refusal: bool = False
+        self,
+        name: str,
+        error: EvalError,
+        retry_after_s: float = 0.0,
+        *,
+        is_refusal: bool = False,
+        is_of_request: bool = False,
     ) -> None:
         super().__init__(str(error))
         self.name = name
         self.error = error
         self.retry_after_s = retry_after_s
         self.is_refusal = is_refusal
+        self.is_of_request = is_of_request
 
     @property
     def is_passing(self) -> bool:
         """Whether another attempt may go better."""
         return isinstance(self.error, EndpointError)
+
+    @property
+    def is_denial(self) -> bool:
+        """Whether this endpoint answers nobody with our key, or has no such model."""
+        return isinstance(self.error, AccessDenied) and not self.is_of_request
 
     @property
     def ending(self) -> Ending:
@@ -79,7 +92,7 @@ def classify(status: int, said: Complaint, url: str, headers: Mapping[str, str])
     if code in UNSUPPORTED_CODES:
         # What we send, not what is asked: the user mends the config, and every task may run again.
         hint = "set token_limit_field or sampling in the config"
-        return Fault(str(status), AccessDenied(f"{about}; {hint}"))
+        return Fault(str(status), AccessDenied(f"{about}; {hint}"), is_of_request=True)
     if code == "insufficient_quota":  # comes as 429, and waiting does not mend it
         return Fault(str(status), AccessDenied(about))
     if status in {400, 413, 422}:

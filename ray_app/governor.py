@@ -103,15 +103,17 @@ class Governor:
         *,
         workers: int = 1,
         pressure: Callable[[RouteKey], Pressure | None] = lambda key: None,
+        warn: Callable[[str], None] = lambda line: None,
         clock: Callable[[], float] = time.monotonic,
         is_shared: bool = False,
     ) -> None:
         self.is_shared, self._followed_s = is_shared, -math.inf
         self._policy, self._pressure, self._clock = policy or Policy(), pressure, clock
-        self._workers = workers
+        self._workers, self._warn = workers, warn
+        self._denials = set[RouteKey]()
         self._routes: dict[RouteKey, _Route] = {}
         self._reports: dict[str, WorkerReport] = {}
-        self._gone_usd = 0.0
+        self.gone_usd: dict[str, float] = {}  # by worker that is gone
         self.stopped_for = ""  # why nothing more may be called, where it is not for want of money
         self._shares: dict[str, dict[RouteKey, Share]] = {}
         self._changes: list[Event] = []
@@ -123,7 +125,7 @@ class Governor:
     def spent_usd(self) -> float:
         """By this run: earlier commands, workers that are gone, and those that live."""
         living = sum(report.spent_usd for report in self._reports.values())
-        return self._policy.spent_before_usd + self._gone_usd + living
+        return self._policy.spent_before_usd + sum(self.gone_usd.values()) + living
 
     @property
     def may_spend(self) -> bool:
@@ -141,15 +143,16 @@ class Governor:
 
     def figures(self) -> dict[str, Any]:
         """For the status, from any thread: the limit of each route, with that of all runs and their number
-        where they are several; the calls that it does not take with what it says; and dollars spent, where
-        they have a limit."""
+        where they are several; the calls that it does not take with what it says; and dollars spent and
+        their limit, where they have one."""
         limits = [
             [*key, route.limit, *((share.limit, share.runs) if share and share.runs > 1 else ())]
             for key, route in list(self._routes.items())
             for share in [route.share]
         ]
-        spent = {} if self._policy.run_cost_usd is None else {"spent_usd": self.spent_usd}
-        return {"limits": limits, "refused": self.refused(), **spent}
+        most_usd = self._policy.run_cost_usd
+        budget = {} if most_usd is None else {"spent_usd": self.spent_usd, "limit_usd": most_usd}
+        return {"limits": limits, "refused": self.refused(), **budget}
 
     def refused(self) -> list[list[Any]]:
         """Model, URL, calls that wait since it took none, and what it said, of each route that has some."""
@@ -167,12 +170,26 @@ class Governor:
         for key, use in report.uses.items():
             self._route(key).samples.extend(use.samples)
             self.stopped_for = self.stopped_for or use.away
+            if use.denial and key not in self._denials:
+                self._denials.add(key)
+                self._warn(f"warning: model {key.model}: {use.denial}; its tasks go to the other endpoints")
+                self._changes.append(
+                    Event("warning", steady.now(), model=key.model, endpoint=key.url, error=use.denial)
+                )
 
     def lose(self, worker: str) -> None:
-        """A worker that is gone has spent what it spent, and wants nothing."""
+        """A worker that is gone has spent what it last said, and wants nothing."""
         gone = self._reports.pop(worker, None)
-        self._gone_usd += gone.spent_usd if gone else 0.0
+        self.gone_usd[worker] = gone.spent_usd if gone else 0.0
         self._shares.pop(worker, None)
+
+    @property
+    def counts_money(self) -> bool:
+        return self._policy.run_cost_usd is not None
+
+    def settle(self, worker: str, spent_usd: float) -> None:
+        """What the log has of a worker that is gone: with the calls that ended after its last report."""
+        self.gone_usd[worker] = max(spent_usd, self.gone_usd.get(worker, 0.0))
 
     def grant(self, worker: str) -> Grant:
         """What `worker` may do until it is heard of again. One that is new starts with an even share, as far

@@ -16,7 +16,7 @@ from typing import Any
 from ray_app import judge, object_store, ordering, rundir, services
 from ray_app.agent import Agent
 from ray_app.budgets import in_time
-from ray_app.chat import ChatClient, ChatRequest, Router
+from ray_app.chat import ChatClient, Router
 from ray_app.config import Dataset, RunConfig
 from ray_app.dataset import TaskSet, load_tasks
 from ray_app.driver import Job, check_routes
@@ -24,14 +24,13 @@ from ray_app.errors import (
     ConfigError,
     DatasetError,
     EvalError,
-    InfrastructureError,
     RunDirError,
 )
 from ray_app.journal import Journal
 from ray_app.ordering import NOTHING_ASKED, Asked
 from ray_app.prompting import Prompts, load_prompts
-from ray_app.recording import Recording
-from ray_app.records import ChatReply, ExecutionResult, Retrieval, Task, Verdict, digest
+from ray_app.recording import Nothing, Recording, without_time
+from ray_app.records import ExecutionResult, Task, Verdict
 from ray_app.sample.prepare import prepare
 from ray_app.sandbox import NAMESPACES, SandboxLimits, available_isolation, run_python
 from ray_app.slots import RouteKey, Slots
@@ -97,15 +96,10 @@ def read_job(config: RunConfig, run_dir: Path | None, asked: Asked = NOTHING_ASK
 def read_replay(recording: Recording, config: RunConfig, run_dir: Path | None) -> HleJob:
     """The replay of a recorded run under `config`, which may differ. Raises UserError with one line."""
     data, prompts = read_tasks(config.dataset), load_prompts(config.prompts)
-    identity = {"prompt_digest": prompts.digest, "tasks_digest": data.digest}
-    identity |= {"replay_of": recording.name, "code_digest": rundir.code_digest()}
-    name = f"replay-of-{recording.run_dir.name}-{digest([config.digest, identity])[:8]}"
-    config = config.model_copy(update={"run_name": name})
-    path = rundir.locate(config, identity, None if run_dir is None else object_store.local(run_dir))
-    if path == recording.run_dir:
-        raise RunDirError(f"--run-dir {path}: that is the recorded run; a replay needs a folder of its own")
-    known = {rollout for rollout, _ in recording.results}
-    if not any(task.rollout_key in known for task in data.tasks):
+    identity = recording.identity({"prompt_digest": prompts.digest, "tasks_digest": data.digest})
+    config = recording.named(config, identity)
+    path = recording.place(config, identity, run_dir)
+    if not recording.has_any(data.tasks):
         raise DatasetError(
             f"dataset {config.dataset.path}: none of its {len(data.tasks)} questions is in the recorded run "
             "as it was asked; restore the file, or set dataset.path"
@@ -292,22 +286,6 @@ class SolverInWorker:
         return make_solver(self.config, self.prompts, router, source, sandbox)
 
 
-class Nothing:
-    """Model client, retriever and sandbox of a replay, in which the journal answers every call."""
-
-    async def complete(self, request: ChatRequest) -> ChatReply:
-        raise self._refusal()
-
-    async def retrieve(self, query: str, *, scope_id: str | None, top_k: int) -> Retrieval:
-        raise self._refusal()
-
-    async def run(self, code: str) -> ExecutionResult:
-        raise self._refusal()
-
-    def _refusal(self) -> InfrastructureError:
-        return InfrastructureError("a replay makes no call: its journal has the record of every one")
-
-
 @dataclass(frozen=True)
 class ReplayInWorker:
     """The solver factory of a replay: the agent as configured, over nothing."""
@@ -316,9 +294,6 @@ class ReplayInWorker:
     prompts: Prompts
 
     def __call__(self) -> HleSolver:
-        nothing = Nothing()
-        # A replay has no time of its own: what the recorded run was limited by is in its record.
-        limits = self.config.limits.model_copy(update={"wall_s": None})
-        config = self.config.model_copy(update={"limits": limits})
+        nothing, config = Nothing(), without_time(self.config)
         sandbox = nothing.run if config.code.enabled else None
         return make_solver(config, self.prompts, nothing, nothing, sandbox)

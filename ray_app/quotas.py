@@ -37,7 +37,8 @@ class Use:
     waiting: int  # `pausing` among them: calls that the endpoint did not take, for the reason `refusal`
     pausing: int = 0
     refusal: str = ""
-    away: str = ""  # why the run has to end: the model's endpoints have answered nothing for too long
+    denial: str = ""  # what the endpoint says where it denies all calls, which others take
+    away: str = ""  # why the run has to end: no endpoint of the model answers
 
     @property
     def demand(self) -> int:

@@ -9,21 +9,22 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from ray_app import events
+from ray_app import events, object_store
+from ray_app.chat import ChatRequest
 from ray_app.config import BaseRun, differing_keys
-from ray_app.errors import RunDirError
+from ray_app.errors import InfrastructureError, RunDirError
 from ray_app.journal import End, Record, RecordedCall, RecordedError, call_label
 from ray_app.planning import Key
 from ray_app.recorded import CALL_KINDS, is_call, is_second_opinion, with_bodies
-from ray_app.records import digest
-from ray_app.rundir import LATE_KEYS, code_digest
+from ray_app.records import ChatReply, ExecutionResult, Retrieval, Task, digest
+from ray_app.rundir import LATE_KEYS, code_digest, locate
 
 # Of an attempt that adopts a result of another system.
 ADOPTED_ATTEMPT = 0
@@ -39,6 +40,7 @@ COLUMNS = (
     *("error_kind", "error_type", "error", "is_replayed"),
 )
 Row = Mapping[str, Any]
+Run = TypeVar("Run", bound=BaseRun)
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,33 @@ class Recording:
         """The keys of what is measured otherwise now than in the recorded run; `code` where that changed."""
         there = yaml.safe_load((self.run_dir / "identity.yaml").read_text())
         there = {key: value for key, value in there.items() if key not in LATE_KEYS}
-        here = {**config.measured(), **{key: facts[key] for key in ("prompt_digest", "tasks_digest")}}
-        keys = [key for key in differing_keys(here, there) if key not in REPLAY_KEYS]
+        keys = [
+            key for key in differing_keys({**config.measured(), **facts}, there) if key not in REPLAY_KEYS
+        ]
         return keys + (["code"] if self._code() not in (None, code_digest()) else [])
+
+    def identity(self, facts: Mapping[str, str]) -> dict[str, str]:
+        """Of a replay of this run: `facts` of what is replayed now, and what makes it another one."""
+        return {**facts, "replay_of": self.name, "code_digest": code_digest()}
+
+    def named(self, config: Run, identity: Mapping[str, str]) -> Run:
+        """`config` with the name of a replay of this run."""
+        key = digest([config.digest, dict(identity)])[:8]
+        return config.model_copy(update={"run_name": f"replay-of-{self.run_dir.name}-{key}"})
+
+    def place(self, config: BaseRun, identity: Mapping[str, str], run_dir: Path | None) -> Path:
+        """The folder of a replay of this run. Raises RunDirError for the run's own."""
+        path = locate(config, identity, None if run_dir is None else object_store.local(run_dir))
+        if path == self.run_dir:
+            raise RunDirError(
+                f"--run-dir {path}: that is the recorded run; a replay needs a folder of its own"
+            )
+        return path
+
+    def has_any(self, tasks: Iterable[Task]) -> bool:
+        """Whether one of the tasks is in the run as it is asked now."""
+        known = {rollout for rollout, _ in self.results}
+        return any(task.rollout_key in known for task in tasks)
 
     def _code(self) -> str | None:
         try:
@@ -94,6 +120,27 @@ class Recording:
         except (OSError, ValueError, KeyError):
             return None
         return str(found)
+
+
+class Nothing:
+    """Model client, retriever and sandbox of a replay, in which the journal answers every call."""
+
+    async def complete(self, request: ChatRequest) -> ChatReply:
+        raise self._refusal()
+
+    async def retrieve(self, query: str, *, scope_id: str | None, top_k: int) -> Retrieval:
+        raise self._refusal()
+
+    async def run(self, code: str) -> ExecutionResult:
+        raise self._refusal()
+
+    def _refusal(self) -> InfrastructureError:
+        return InfrastructureError("a replay makes no call: its journal has the record of every one")
+
+
+def without_time(config: Run) -> Run:
+    """A replay has no time of its own: what the recorded run was limited by is in its record."""
+    return config.model_copy(update={"limits": config.limits.model_copy(update={"wall_s": None})})
 
 
 def counted(run_dir: Path) -> dict[Key, Row]:

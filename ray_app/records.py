@@ -30,6 +30,7 @@ EventKind = Literal[
     "result",
     "run_end",
     "limit",
+    "warning",
 ]
 Role = Literal["", "orchestrator", "expert", "user", "judge"]
 Status = Literal["ok", "error", "invalid"]

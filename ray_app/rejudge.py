@@ -19,10 +19,10 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ray_app import events, judge, lease, opinions, rundir
+from ray_app import events, lease, opinions, rundir
 from ray_app.chat import Router, cost
 from ray_app.driver import MIN_FAILURES_IN_A_ROW
 from ray_app.errors import ConfigError, EvalError, InfrastructureError, StorageError, kind_of
@@ -112,13 +112,13 @@ def expected_cost(asked: JudgePass, calls: int) -> float:
     with events.connect(asked.job.run_dir) as log:
         prompt, completion = log.execute(query).fetchall()[0]
     usage = ASSUMED_USAGE if prompt is None else Usage(round(prompt), round(completion))
-    return calls * cost(usage, asked.job.config.models[asked.job.config.judge.model])
+    return calls * cost(usage, asked.job.config.models[asked.judge.model])
 
 
 async def route_problem(asked: JudgePass) -> str:
     """What is wrong with the judge's endpoint, and what to do; "" when it answers."""
     config = asked.job.config
-    name = config.judge.model
+    name = asked.judge.model
     router = _router(asked)
     try:
         problem = await router.probe(name)
@@ -146,9 +146,8 @@ def _owned(run_dir: Path) -> Iterator[lease.Lease]:
 
 def _router(asked: JudgePass) -> Router:
     """Of the judge's routes alone, so that no key of a rollout model is needed."""
-    config = asked.job.config
-    name = config.judge.model
-    return Router({name: config.models[name]}, asked.job.serve_config.urls())
+    name = asked.judge.model
+    return Router({name: asked.job.config.models[name]}, asked.job.serve_config.urls())
 
 
 @dataclass
@@ -182,21 +181,7 @@ class _Bench:
             self._tell()
 
     async def _verdict(self, item: Item, journal: Journal) -> Verdict:
-        settled = opinions.settled(item, self.asked)
-        if settled is not None:
-            return settled
-        config = self.asked.job.config
-        verdict = await judge.ask(
-            self.caller,
-            journal,
-            item.task,
-            item.answer,
-            settings=config.judge,
-            prompts=self.asked.job.prompts,
-            protocol=config.protocol,
-        )
-        # A rollout under the other protocol was not asked how sure it is: the judge's 100 is no one's.
-        return verdict if self.asked.own.protocol == "hle-style" else replace(verdict, confidence=None)
+        return await self.asked.reviewer.verdict(self.caller, journal, item.task, item.subject)
 
     def _journal(self, item: Item) -> Journal:
         base = Event(

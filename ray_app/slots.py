@@ -45,8 +45,11 @@ class Slots:
         # Calls between two attempts, because the endpoint took none, and what it said of that.
         self.pausing = 0
         self.refusal = ""
-        # Said for good once the endpoints of the model have answered nothing for longer than its calls wait.
+        # Said for good once the endpoints of the model have answered nothing for longer than its calls wait,
+        # or deny all of them: why the run has to end.
         self.away = ""
+        # What the endpoint says where it denies all calls, and the model has others.
+        self.denial = ""
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._ended: deque[Sample] = deque(maxlen=MAX_SAMPLES)
 

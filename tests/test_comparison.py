@@ -94,3 +94,7 @@ def test_what_could_not_be_compared_is_counted_and_nothing_replayed_is_no_succes
     assert (found.equal, found.missing, found.exit_code) == (1, 2, 0)
     assert "1 tasks, 1 equal, 0 diverged; 2 of the plan have nothing to compare" in found.line()
     assert compare({KEY: TRACE}, {}, planned=1).exit_code == 1
+    # What is recorded has to come again.
+    found = compare({KEY: TRACE, ("other", 0): TRACE}, {KEY: TRACE}, planned=3)
+    assert (found.equal, found.lost, found.missing, found.exit_code) == (1, 1, 2, 1)
+    assert "0 diverged; 1 recorded have no result here; 1 of the plan have nothing" in found.line()

@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,10 @@ def test_the_environment_of_the_earlier_system_is_honoured_and_the_command_line_
     assert (config.dataset.path, config.run_name) == ("/data/x.jsonl", "night 1")
 
 
+def baseline(**settings: object) -> dict[str, object]:
+    return {"models": {"baseline": {"endpoints": [{"base_url": "http://h/v1"}], **settings}}}
+
+
 def limited(concurrency: object) -> dict[str, object]:
     endpoint = {"base_url": "http://h/v1", "concurrency": concurrency}
     return {"models": {"baseline": {"endpoints": [endpoint]}}}
@@ -40,6 +45,13 @@ def limited(concurrency: object) -> dict[str, object]:
         ({"tools": {"serach": {}}}, "tools.serach"),
         ({"tools": {}}, "expected at least `answer`"),
         ({"models": {"baseline": {"endpoints": [{}]}}}, "exactly one of base_url and service"),
+        ({"limits": {"wall_s": math.inf}}, "limits.wall_s: input should be a finite number, got inf"),
+        ({"limits": {"run_cost_usd": math.nan}}, "limits.run_cost_usd: input should be a finite number"),
+        (baseline(price={"input": math.inf}), "price.input: input should be a finite number, got inf"),
+        (baseline(price=math.nan), "models.baseline.price: input should be a valid dictionary"),
+        (baseline(timeout_s="1e999"), "timeout_s: input should be a finite number, got '1e999'"),
+        (baseline(context_length=math.inf), "context_length: input should be a finite number, got inf"),
+        (baseline(extra_body={"top_k": math.nan}), "extra_body: expected what JSON can say"),
         (limited("fast"), "concurrency.word: input should be 'adaptive', got 'fast'"),
         (limited(0), "concurrency.number: input should be greater than 0, got 0"),
         (limited({"start": 3000}), "expected start <= max, got 3000 > 1024"),

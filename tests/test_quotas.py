@@ -4,6 +4,8 @@ import asyncio
 import json
 import random
 
+import pytest
+
 from ray_app.allowance import Allowance, use_of
 from ray_app.concurrency import Bounds
 from ray_app.governor import Governor, Policy
@@ -94,13 +96,29 @@ def test_spending_stops_at_the_limit_and_waits_for_what_is_out() -> None:
     governor.hear("a", WorkerReport("n", spent_usd=0.3))
     governor.hear("b", WorkerReport("n", spent_usd=0.1))
     assert governor.may_spend and governor.grant("a").may_spend
-    governor.lose("b")  # what a dead worker spent stays spent
+    governor.lose("b")  # what a dead worker spent stays spent, what it had not told yet too
+    governor.settle("b", 0.15)
+    assert governor.spent_usd == pytest.approx(0.95) and governor.may_spend
+    governor.settle("b", 0.1)  # of a log that could be read in part only
+    assert governor.gone_usd == {"b": 0.15}
     governor.hear("a", WorkerReport("n", spent_usd=0.4, open_calls=2))
     assert not governor.may_spend and not governor.grant("a").may_spend and not governor.is_spent_out
     governor.hear("a", WorkerReport("n", spent_usd=0.45, open_calls=1, has_stopped=True))
     assert not governor.is_spent_out
     governor.hear("a", WorkerReport("n", spent_usd=0.5, has_stopped=True))
     assert governor.is_spent_out
+
+
+def test_an_endpoint_that_denies_its_calls_is_told_of_once() -> None:
+    now, said = [0.0], list[str]()
+    governor = Governor(Policy({KEY: Bounds(3, 3, 3)}), warn=said.append, clock=lambda: now[0])
+    use = Use((), 0, 0, denial="HTTP 401: bad key")
+    for worker in ("a", "b", "a"):
+        governor.hear(worker, WorkerReport("n", {KEY: use}))
+    now[0] = 1.0
+    rows = [(row.model, row.endpoint, row.error) for row in governor.tick() if row.kind == "warning"]
+    assert rows == [(*KEY, "HTTP 401: bad key")] and governor.may_spend
+    assert said == ["warning: model m: HTTP 401: bad key; its tasks go to the other endpoints"]
 
 
 def test_a_model_whose_endpoints_are_away_stops_the_run_as_money_does() -> None:

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from analysis.agreement import Pair, agreement
 from analysis.log import open_run
 from analysis.summary import RunSummary, summarise
+from jobs.judge import app as judge_app
 from ray_app import engine, events, opinions, rejudge, rundir
 from ray_app.baseline.server import ServerSettings
 from ray_app.chat import ChatRequest
@@ -30,9 +32,16 @@ from ray_app.options import Options
 from ray_app.prompting import load_prompts
 from ray_app.recorded import records
 from ray_app.records import ChatReply, Event, Task, TaskResult
+from ray_app.tau2 import review
+from ray_app.tau2.run import read_tasks as read_dialogues
+from ray_app.tau2.service_desk.domain import NAME
+from ray_app.tools.base import Caller
 from tests.baseline.serving import serving as serving_baseline
 from tests.model_server import chunk, serving, usage
-from tests.stand_ins import FixedRetriever, ScriptedModel, chooses, config, says
+from tests.stand_ins import FixedRetriever, MemoryLog, ScriptedModel, chooses, config, says
+from tests.tau2 import desk
+from tests.tau2.desk import BaselineModel
+from tests.tau2.replays import PROMPTS
 
 # id -> (reference, what the rollout answers, what the first judge says; None where it is not asked)
 QUESTIONS: Mapping[str, tuple[str, str, bool | None]] = {
@@ -249,7 +258,7 @@ async def test_hle_style_judges_the_whole_response_from_the_log(tmp_path: Path) 
         tally = await carry_out(job)
     assert (tally.judged, tally.owed, tally.failed) == (6, 0, 0)
     items = {item.task.task_id: item for item in opinions.plan(job).items}
-    assert items["strict"].answer.response == "I took some steps to strict. <answer>heappop</answer>"
+    assert items["strict"].subject.response == "I took some steps to strict. <answer>heappop</answer>"
     assert {name: item.second for name, item in items.items()} == {
         "equal": True,
         "same": True,
@@ -316,6 +325,58 @@ def test_sigterm_ends_a_pass_at_once_with_what_was_stored(tmp_path: Path) -> Non
     thread.join()
     assert (tally.judged, tally.exit_code) == (2, 128 + signal.SIGTERM)
     assert [item.task.task_id for item in opinions.plan(job).left] == ["strict", "lenient", "wrong"]
+
+
+async def test_simulations_are_rewarded_again_from_their_record_owed_ones_too(tmp_path: Path) -> None:
+    run_dir = await make_dialogues(tmp_path)
+    job = review.read_pass(run_dir)
+    tally = await carry_out(job)
+    assert (tally.judged, tally.owed, tally.failed) == (3, 0, 0)
+    found = {item.task.task_id.partition(":")[2]: item for item in opinions.plan(job).items}
+    first = {"unlock_password": None, "vpn_start": True, "licence_seats": False}
+    assert {name: item.first for name, item in found.items()} == first
+    assert {name: item.second for name, item in found.items()} == first | {"unlock_password": True}
+    # The record decides, not the first verdict; nothing of the run itself is another now.
+    page = CliRunner().invoke(judge_app, [str(run_dir), "--plan"])
+    assert "0 to judge (0 of them need no call), 3 stored" in page.output
+    assert [row["outcome"] for row in events.results(run_dir).to_pylist()].count("owed") == 1
+    # Where a statement counts, the judge of now is asked about the dialogue as it was.
+    denying = BaselineModel(lambda request: ChatReply('{"1": false}'))
+    journal = Journal(desk.task("unlock_password"), MemoryLog(), base(desk.task("unlock_password")))
+    judged = desk.task("unlock_password", evaluation_criteria=JUDGED)
+    caller = Caller(denying, desk.config().models)
+    verdict = await job.reviewer.verdict(caller, journal, judged, found["unlock_password"].subject)
+    assert (verdict.is_correct, verdict.judge_model, len(denying.asked)) == (False, "m", 1)
+    assert "unlock_account" in denying.asked[0].messages[0].content
+
+
+JUDGED = desk.RAW["unlock_password"]["evaluation_criteria"] | {
+    "nl_assertions": ["The agent says what it has done."],
+    "reward_basis": ["DB", "NL_ASSERTION"],
+}
+
+
+async def make_dialogues(folder: Path) -> Path:
+    """A tau2 run of three tasks as it was left: one owed by its judge, one right, one wrong."""
+    settings, run_dir = desk.config(), folder / "run"
+    data = read_dialogues(settings, {NAME: desk.DESK})
+    identity = {"prompt_digest": PROMPTS.digest, "tasks_digest": data.digest}
+    rundir.open_run(run_dir, settings, identity)
+    log = EventWriter(run_dir, "e0001-w000-test")
+    log.append(Event("run_start", 1.0, epoch=1, detail=json.dumps({"planned": 3})))
+    models = {
+        # The criteria of then asked a judge, which could not be read.
+        desk.task("unlock_password", evaluation_criteria=JUDGED): BaselineModel(),
+        desk.task("vpn_start"): BaselineModel(),
+        desk.task("licence_seats"): BaselineModel(lambda request: ChatReply("###STOP###")),
+    }
+    for task, model in models.items():
+        solved = await desk.solver(model).solve(task, Journal(task, log, base(task)))
+        result = TaskResult(task.task_id, task.rollout_key, task.judge_key, 0, 1, "ok", category=NAME)
+        ended = "ok" if solved.verdict else "owed"
+        await commit(log, run_dir, result, outcome=ended, prediction="user_stop", verdict=solved.verdict)
+    log.close()
+    return run_dir
 
 
 def pairs(both_right: int, only_first: int, only_second: int, both_wrong: int) -> list[Pair]:

@@ -14,11 +14,17 @@ import ray
 from analysis.log import open_run
 from analysis.summary import summarise
 from ray_app import events
+from ray_app.chat import ChatRequest
+from ray_app.comparison import compare, traces
 from ray_app.planning import Key
 from ray_app.prompting import load_prompts
 from ray_app.recording import Recording, counted
+from ray_app.records import ChatReply
+from ray_app.tau2.run import ReplayInWorker, Tau2Solver
 from tests.ray_marks import RAY
 from tests.replayed_runs import ENDS, TASKS, LiveInWorker, drive, replayed
+from tests.tau2 import desk
+from tests.tau2.replays import PROMPTS
 
 pytestmark = RAY
 
@@ -62,6 +68,40 @@ async def test_a_run_that_was_killed_and_resumed_replays_to_equal_decisions_and_
     for task in TASKS:
         there, here = (outputs(run, (task.rollout_key, 0)) for run in (recorded, tmp_path / "replay"))
         assert here and here.items() <= there.items()
+
+
+async def test_dialogues_replay_to_equal_ones_and_another_prompt_or_seed_diverges(
+    cluster: None, tmp_path: Path
+) -> None:
+    """One reply of each dialogue could not be used, and was asked for again."""
+    tasks, run_dir = [desk.task(name) for name in list(desk.RAW)[:4]], tmp_path / "run"
+    await drive(run_dir, DialoguesInWorker(), tasks)
+    settings = desk.config()
+    for name, now, diverged in (
+        ("same", settings, 0),
+        ("seed", settings.model_copy(update={"seed": 5}), len(tasks)),
+    ):
+        make = ReplayInWorker(now, PROMPTS, None)
+        await drive(tmp_path / name, make, tasks, replays=run_dir)
+        found = compare(traces(run_dir), traces(tmp_path / name), len(tasks))
+        assert (found.replayed, len(found.diverged)) == (len(tasks), diverged)
+    rows = events.read(tmp_path / "same").read_all().to_pylist()
+    refused = [row for row in rows if row["status"] == "error"]
+    assert len(refused) == len(tasks) and all(row["is_replayed"] for row in refused)
+
+
+class DialoguesInWorker:
+    """The service desk, with an agent whose first reply of a dialogue is empty."""
+
+    def __call__(self) -> Tau2Solver:
+        return desk.solver(desk.BaselineModel(_at_first_empty))
+
+
+def _at_first_empty(request: ChatRequest) -> ChatReply | None:
+    is_agent = request.messages[0].content.startswith("You are an agent")
+    is_first = sum(message.role == "assistant" for message in request.messages) == 1
+    is_told = "could not be used" in request.messages[-1].content
+    return ChatReply(" ") if is_agent and is_first and not is_told else None
 
 
 def outputs(run_dir: Path, key: Key) -> dict[tuple[int, str], tuple[str, object]]:

@@ -21,7 +21,7 @@ REMEMBERED_REQUESTS = 20_000
 class Settings(BaseModel):
     """Unknown keys are errors; values are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Latency(Settings):

@@ -24,7 +24,7 @@ MIN_LOCAL_HITS = 3
 class Knobs(BaseModel):
     """What Serve's `user_config` changes in a running replica, without a restart."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     mode: str = Field(EXACT, description="exact, or postfilter:K for parity with a global top K")
     min_score: float = Field(MIN_SCORE, description="hits score more than this")
@@ -60,7 +60,7 @@ class Knobs(BaseModel):
 class Autoscaling(BaseModel):
     """How many replicas follow the load: as many as hold `target_queries` queries each."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(gt=0)

@@ -21,6 +21,7 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import ValidationError
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, BackpressureConfig
 from ray.serve.handle import DeploymentHandle
@@ -48,6 +49,8 @@ PROGRESS_S = 10.0
 STUCK_S = 600.0
 # Beyond its own limit, the fallback has so long to say what it has.
 WEB_GRACE_S = 5.0
+# Between two looks for a replica in the place of one that died.
+WEB_AGAIN_S = 0.5
 
 Ticket = asyncio.Future[list[Hit]] | EvalError
 
@@ -223,7 +226,7 @@ class RetrieverDeployment:
         limit_s = self._config.web.timeout_s + WEB_GRACE_S
         try:
             async with asyncio.timeout(limit_s):
-                found: Retrieval = await web.search.remote(query.text, query.top_k - len(hits))
+                found = await _found(web, query.text, query.top_k - len(hits))
         except TimeoutError:
             return Retrieval(tuple(hits), web_error=f"no answer from the web fallback in {limit_s:g} s")
         except Exception as error:  # the deployment is away, or full
@@ -249,6 +252,17 @@ def answer_of(task: asyncio.Task[Retrieval]) -> group_wire.Answer:
     if error is None:
         return task.result()
     return error if isinstance(error, EvalError) else RetrieverError(f"{type(error).__name__}: {error}")
+
+
+async def _found(web: DeploymentHandle, text: str, limit: int) -> Retrieval:
+    """What the web has; asked again where the replica dies, which keeps what it paid for in its cache."""
+    while True:
+        try:
+            found: Retrieval = await web.search.remote(text, limit)
+        except RayActorError:
+            await asyncio.sleep(WEB_AGAIN_S)
+        else:
+            return found
 
 
 def retriever_app(

@@ -23,7 +23,7 @@ class WebConfig(BaseModel):
     up to $0.008.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     api_key_env: str = Field("TAVILY_API_KEY", min_length=1, description="variable that holds the key")
     base_url: str = BASE_URL

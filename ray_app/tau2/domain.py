@@ -55,7 +55,11 @@ class Environment(Protocol):
         """Carry over to one side's data what the other side's imply."""
 
     def state_hash(self) -> str:
-        """Equal for equal data of both sides."""
+        """Equal for equal data of both sides, however they were reached."""
+        ...
+
+    def fingerprint(self) -> str:
+        """As `state_hash`, and cheap: equal after the same calls in the same order."""
         ...
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
-from ray_app.errors import ModelError
+from ray_app.errors import UnusableReply
 from ray_app.journal import Codec, Journal
 from ray_app.tau2.dialogue import Answered, Call, Entry, Said, Side
 from ray_app.tau2.domain import Environment, ReplayError
@@ -21,10 +21,6 @@ from ray_app.tau2.tasks import TaskSpec
 
 Place = Literal["agent", "user", "environment"]
 SIDES: Mapping[Side, Place] = {"assistant": "agent", "user": "user"}
-
-
-class UnusableReply(ModelError):
-    """A side's model sent, as often as it was asked, nothing that is a message or a tool call."""
 
 
 class Speaker(Protocol):
@@ -109,7 +105,7 @@ class Dialogue:
             entries=tuple(self.entries),
             steps=self.steps,
             errors=self.errors,
-            state_hash=self.environment.state_hash(),
+            state_hash=self.environment.fingerprint(),
             started=self.started,
             ended=self.journal.clock(),
             is_solo=self.rules.is_solo,
@@ -204,7 +200,7 @@ class Dialogue:
     def _result(self, call: Call) -> ToolResult:
         answer = self.environment.call(call)
         if self.environment.has_tool(call.name) and self.environment.mutates(call.name):
-            self.state = self.environment.state_hash()
+            self.state = self.environment.fingerprint()
         return ToolResult(answer.text, answer.is_error, self.state)
 
     def _check_rules(self) -> None:

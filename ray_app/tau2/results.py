@@ -6,6 +6,7 @@ Pure: made without tau2. Costs and sources of messages go into the fields that t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,6 +14,7 @@ from ray_app.records import digest
 from ray_app.tau2.dialogue import Answered, Call, Entry, Said, entries_cost
 from ray_app.tau2.reward import Reward
 from ray_app.tau2.simulation import Simulation
+from ray_app.tau2.tasks import entries_of
 
 
 def simulation_json(simulation: Simulation, reward: Reward | None = None) -> dict[str, Any]:
@@ -36,8 +38,35 @@ def simulation_json(simulation: Simulation, reward: Reward | None = None) -> dic
             "domain": simulation.domain,
             "state_hash": simulation.state_hash,
             "detail": simulation.detail,
+            "steps": simulation.steps,
+            "errors": simulation.errors,
+            "solo": simulation.is_solo,
         },
     }
+
+
+def simulation_of(run: Mapping[str, Any]) -> Simulation:
+    """The simulation whose JSON `run` is; of its messages without costs, tokens and sources."""
+    info, messages = run["info"], run["messages"]
+    entries = entries_of(messages)
+    return Simulation(
+        task_id=run["task_id"],
+        domain=info["domain"],
+        reason=run["termination_reason"],
+        entries=tuple(
+            replace(entry, at=_at(message["timestamp"]))
+            for entry, message in zip(entries, messages, strict=True)
+        ),
+        steps=info["steps"],
+        errors=info["errors"],
+        state_hash=info["state_hash"],
+        started=_at(run["start_time"]),
+        ended=_at(run["end_time"]),
+        is_solo=info["solo"],
+        trial=run["trial"],
+        seed=run["seed"],
+        detail=info["detail"],
+    )
 
 
 def message_json(entry: Entry, turn: int | None = None) -> dict[str, Any]:
@@ -82,3 +111,7 @@ def _usage(said: Said) -> Mapping[str, int]:
 
 def _time(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).replace(tzinfo=None).isoformat(timespec="microseconds")
+
+
+def _at(time: str) -> float:
+    return datetime.fromisoformat(time).replace(tzinfo=UTC).timestamp()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, zip_longest
@@ -22,14 +22,17 @@ from ray_app.chat import ChatClient, Router
 from ray_app.config import Retriever, Sampling
 from ray_app.dataset import TaskSet
 from ray_app.driver import Job, check_routes
-from ray_app.errors import ConfigError, EvalError, LimitReached
+from ray_app.errors import ConfigError, DatasetError, EvalError, LimitReached
 from ray_app.journal import Journal
 from ray_app.ordering import NOTHING_ASKED, Asked
 from ray_app.prompting import Prompts, load_prompts
-from ray_app.records import ChatReply, Message, Task, Verdict, digest
+from ray_app.recording import Nothing, Recording, without_time
+from ray_app.records import Task, Verdict, digest
+from ray_app.slots import RouteKey, Slots
 from ray_app.tau2 import upstream
 from ray_app.tau2.config import Tau2Config, trial_seed
 from ray_app.tau2.domain import Domain, Environment, prepare
+from ray_app.tau2.judging import ask_judge, verdict_of
 from ray_app.tau2.loop import Dialogue, Rules
 from ray_app.tau2.results import simulation_json
 from ray_app.tau2.reward import Reward
@@ -57,7 +60,7 @@ class Tau2Job(Job):
         config = self.config
         return {
             "domains": ", ".join(config.domains),
-            "tasks_by_domain": dict(Counter(task.category for task in self.tasks)),
+            "tasks_by_domain": dict(self._counts()),
             "split": config.split,
             "user": config.user.model,
             "experts": ", ".join(f"{name} ({each.model})" for name, each in config.experts.items()),
@@ -74,10 +77,12 @@ class Tau2Job(Job):
         return label + (", with experts" if self.config.experts else "")
 
     def plan_line(self) -> str:
-        counts = [
-            f"{name} {sum(task.category == name for task in self.tasks)}" for name in self.config.domains
-        ]
-        return f"Domains: {', '.join(counts)} (split {self.config.split})"
+        counts = ", ".join(f"{name} {self._counts()[name]}" for name in self.config.domains)
+        steps = f"{self.config.concurrency} in flight, {self.config.limits.max_steps} steps at most"
+        return f"Domains: {counts} (split {self.config.split}); {steps}"
+
+    def _counts(self) -> Counter[str]:
+        return Counter(task.category for task in self.tasks)
 
 
 def read_job(config: Tau2Config, run_dir: Path | None, asked: Asked = NOTHING_ASKED) -> Tau2Job:
@@ -95,10 +100,34 @@ def read_job(config: Tau2Config, run_dir: Path | None, asked: Asked = NOTHING_AS
         "prompt_digest": prompts.digest,
         "tasks_digest": data.digest,
         **ordering.identity(whole, data),
-        "domains_digest": digest([_fingerprint(domain, is_solo=config.solo) for domain in domains.values()]),
+        "domains_digest": domains_digest(config, domains),
     }
     path = rundir.locate(config, identity, None if run_dir is None else object_store.local(run_dir))
     return Tau2Job(config, data, prompts, identity, path, serve_config, data_folder=folder)
+
+
+def read_replay(recording: Recording, config: Tau2Config, run_dir: Path | None) -> Tau2Job:
+    """The replay of a recorded run under `config`, which may differ. Raises UserError with one line."""
+    folder, prompts = upstream.data_folder(), load_prompts(config.prompts, PROMPTS)
+    domains = load_domains(config, prompts, folder)
+    data = read_tasks(config, domains)
+    identity = recording.identity(
+        {
+            "prompt_digest": prompts.digest,
+            "tasks_digest": data.digest,
+            "domains_digest": domains_digest(config, domains),
+        }
+    )
+    config = recording.named(config, identity)
+    path = recording.place(config, identity, run_dir)
+    if not recording.has_any(data.tasks):
+        raise DatasetError(
+            f"domains {', '.join(config.domains)}: none of their {len(data.tasks)} tasks is in the recorded "
+            "run as it was asked; restore the domains' data, or set domains"
+        )
+    return Tau2Job(
+        config, data, prompts, identity, path, services.ServeConfig(), recording, data_folder=folder
+    )
 
 
 def load_domains(config: Tau2Config, prompts: Prompts, folder: str | None) -> dict[str, Domain]:
@@ -136,6 +165,11 @@ def task_of(domain: str, raw: Mapping[str, Any]) -> Task:
 
 def spec_of(task: Task) -> TaskSpec:
     return TaskSpec.model_validate({**json.loads(task.question), CRITERIA: json.loads(task.answer)})
+
+
+def domains_digest(config: Tau2Config, domains: Mapping[str, Domain]) -> str:
+    """Equal where the same dialogues would be the same, beside their tasks."""
+    return digest([_fingerprint(domain, is_solo=config.solo) for domain in domains.values()])
 
 
 def _fingerprint(domain: Domain, *, is_solo: bool) -> list[Any]:
@@ -188,6 +222,8 @@ class Tau2Solver:
         try:
             reward = await self._score(domain, spec, simulation, journal)
         except EvalError as error:
+            if journal.is_over:
+                raise
             _keep(journal, simulation, None)
             return Solved(simulation.reason, owed=str(error))
         if simulation.reason == "max_steps":
@@ -255,40 +291,15 @@ class Tau2Solver:
     ) -> Reward:
         """The reward, kept with the simulation. Raises JudgeError or an endpoint's error: it is owed."""
         asked = await asyncio.to_thread(domain.questions, spec, simulation)
-        judged = await self._ask_judge(domain, spec, simulation, asked, journal) if asked else ""
+        journal.tool = journal.alias = ""
+        judged = await ask_judge(self.caller, journal, self.config.judge, domain, spec, asked)
         async with self.computing:
             reward = await asyncio.to_thread(domain.reward, spec, simulation, judged)
         _keep(journal, simulation, reward)
         return reward
 
-    async def _ask_judge(
-        self,
-        domain: Domain,
-        spec: TaskSpec,
-        simulation: Simulation,
-        asked: Sequence[Message],
-        journal: Journal,
-    ) -> str:
-        settings = self.config.judge
-        journal.tool = journal.alias = ""
-
-        def check(reply: ChatReply) -> None:
-            domain.check_judged(spec, reply.content)
-
-        reply = await self.caller.ask(
-            journal, "judge", settings.model, tuple(asked), settings.sampling, check=check
-        )
-        return reply.content
-
     def _verdict(self, simulation: Simulation, reward: Reward, journal: Journal) -> Verdict:
-        told = {"reason": simulation.reason, "parts": dict(reward.parts), "note": reward.note}
-        is_judged = "NL_ASSERTION" in reward.parts
-        verdict = Verdict(
-            reward.value == 1.0,
-            "reward",
-            reasoning=json.dumps(told),
-            judge_model=self.config.judge.model if is_judged else "",
-        )
+        verdict = verdict_of(simulation.reason, reward, self.config.judge)
         journal.note(
             "verdict",
             is_correct=verdict.is_correct,
@@ -297,6 +308,10 @@ class Tau2Solver:
             detail=verdict.reasoning,
         )
         return verdict
+
+    def slots(self) -> Mapping[RouteKey, Slots]:
+        """Of each route, where the client has bounds."""
+        return getattr(self.client, "slots", {})
 
     async def close(self) -> None:
         if isinstance(self.client, Router):
@@ -331,9 +346,28 @@ class SolverInWorker:
     service_urls: Mapping[str, str]
 
     def __call__(self) -> Tau2Solver:
-        domains = load_domains(self.config, self.prompts, self.data_folder)
-        for domain in domains.values():
-            domain.environment()  # what it caches is loaded, and then left alone by the collector
-        upstream.freeze()
+        domains = _warm(self.config, self.prompts, self.data_folder)
         router = Router(self.config.called(), self.service_urls, environ=self.keys)
         return make_solver(self.config, self.prompts, router, domains)
+
+
+@dataclass(frozen=True)
+class ReplayInWorker:
+    """The solver factory of a replay: the same dialogues and environments, over nothing."""
+
+    config: Tau2Config
+    prompts: Prompts
+    data_folder: str | None
+
+    def __call__(self) -> Tau2Solver:
+        domains = _warm(self.config, self.prompts, self.data_folder)
+        return make_solver(without_time(self.config), self.prompts, Nothing(), domains)
+
+
+def _warm(config: Tau2Config, prompts: Prompts, data_folder: str | None) -> dict[str, Domain]:
+    """The domains with what they cache: loaded, and then left alone by the collector."""
+    domains = load_domains(config, prompts, data_folder)
+    for domain in domains.values():
+        domain.environment()
+    upstream.freeze()
+    return domains

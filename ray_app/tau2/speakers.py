@@ -14,13 +14,12 @@ from typing import Any
 
 from ray_app import extract
 from ray_app.config import Alias, Sampling
-from ray_app.errors import EvalError, kind_of
+from ray_app.errors import EvalError, UnusableReply, kind_of
 from ray_app.journal import Journal
 from ray_app.prompting import Prompts
 from ray_app.records import ChatReply, Message, Role, ToolCall, Usage
 from ray_app.tau2.dialogue import Call, Entry, Said, Side, chat
 from ray_app.tau2.domain import Schema, function_schema
-from ray_app.tau2.loop import UnusableReply
 from ray_app.tau2.simulation import STOP
 from ray_app.tools.base import Caller, describe
 

@@ -147,6 +147,9 @@ class LocalEnvironment:
     def state_hash(self) -> str:
         return digest([kit.db.model_dump(mode="json") if kit else None for kit in (self.agent, self.user)])
 
+    def fingerprint(self) -> str:
+        return self.state_hash()
+
     def _run(self, call: FunctionCall) -> Any:
         kit = self.agent if call.env_type == "assistant" else self.user
         result = getattr(kit, call.func_name)(**call.arguments)

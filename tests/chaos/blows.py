@@ -21,14 +21,12 @@ if TYPE_CHECKING:
     from tests.chaos.job import Carried
     from tests.chaos.world import World
 
-# How long what is held up or away stays so.
-OUTAGE_S = (1.5, 8.0)
 VICTIM_S = 60.0
 STEPS_S = (-86_400, -3600, -2, 2, 3600, 86_400)
 REPLICAS = {"retriever": "ray::ServeReplica:retriever:retriever", "model": "ray::ServeReplica:baseline"}
 STOPPED = ("ray::Worker", "ray::Checkpoint", "driver", "node", *REPLICAS.values())
 # A driver whose cluster is gone says so and ends, or it hangs.
-NOTICED_S = 150.0
+NOTICED_S = 30.0
 
 
 class NoVictim(Exception):
@@ -39,6 +37,10 @@ class Hung(Exception):
     """Something that should have ended by itself did not."""
 
 
+class Wrong(Exception):
+    """Something ended otherwise than it is promised."""
+
+
 @dataclass(frozen=True)
 class Scene:
     """Where a blow strikes: the world, the run that it disturbs, and the chance of this round."""
@@ -46,6 +48,7 @@ class Scene:
     world: World
     job: Carried
     rng: random.Random
+    outages_s: tuple[float, float]
 
     def strike(self, kind: Kind) -> str:
         """Strike, undo what the blow holds, start again what only a person would; what was hit, in words."""
@@ -61,7 +64,7 @@ class Scene:
         return self.rng.choice(found)
 
     def outage_s(self) -> float:
-        return self.rng.uniform(*OUTAGE_S)
+        return self.rng.uniform(*self.outages_s)
 
 
 def _killed(title: str) -> Callable[[Scene], str]:
@@ -102,6 +105,8 @@ def _cluster(scene: Scene) -> str:
         lambda: scene.job.command.has_ended, time.monotonic() + NOTICED_S
     ):
         raise Hung(f"the driver goes on {NOTICED_S:g} s after its cluster was killed")
+    if not is_with_driver and "error: the Ray cluster at " not in scene.job.command.transcript.read_text():
+        raise Wrong("a driver without cluster ended without a word")
     scene.world.start_again()
     scene.job.again()
     return "everything" if is_with_driver else "the cluster, under a driver that lives"

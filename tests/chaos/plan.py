@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Kind = Literal[
@@ -64,6 +64,8 @@ SCENES: Sequence[tuple[Benchmark, Storage]] = (
     ("tau2", "folder"),
     ("tau2", "s3"),
 )
+# The questions of the sample, and its twenty dialogues twice.
+TASKS: Mapping[Benchmark, int] = {"hle": 60, "tau2": 40}
 # After the first tasks, and before so few are left that the run could end first.
 EARLIEST, LATEST = 0.05, 0.75
 
@@ -84,6 +86,9 @@ class Round:
     benchmark: Benchmark
     storage: Storage
     blows: tuple[Blow, ...]
+    tasks: int
+    # How long what is held up or away stays so.
+    outage_s: tuple[float, float] = (1.5, 8.0)
 
     @property
     def title(self) -> str:
@@ -147,7 +152,8 @@ def _round(number: int, benchmark: Benchmark, storage: Storage, kinds: Sequence[
         moments = [EARLIEST + share * (place + rng.random() / 2) for place in range(len(kinds))]
     else:
         moments = sorted(rng.uniform(EARLIEST, LATEST) for _ in kinds)
-    return Round(number, benchmark, storage, tuple(map(Blow, kinds, (round(at, 3) for at in moments))))
+    blows = tuple(map(Blow, kinds, (round(at, 3) for at in moments)))
+    return Round(number, benchmark, storage, blows, TASKS[benchmark])
 
 
 def every_kind_once(seed: int) -> list[Round]:
@@ -157,7 +163,5 @@ def every_kind_once(seed: int) -> list[Round]:
     rng = random.Random(f"short {seed}")
     rng.shuffle(of_questions)
     rng.shuffle(of_dialogues)
-    return [
-        _round(-2 * seed, "hle", "disk", of_questions),
-        _round(-2 * seed - 1, "tau2", "s3", of_dialogues),
-    ]
+    both = _round(-2 * seed, "hle", "disk", of_questions), _round(-2 * seed - 1, "tau2", "s3", of_dialogues)
+    return [replace(one, tasks=one.tasks // 2, outage_s=(1.0, 2.5)) for one in both]

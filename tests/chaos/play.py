@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from typer.testing import CliRunner
 
 from analysis.__main__ import app as analysis_app
-from tests.chaos.blows import Hung, NoVictim, Scene
+from tests.chaos.blows import Hung, NoVictim, Scene, Wrong
 from tests.chaos.plan import BLOWS, Blow, Kind, Round
-from tests.chaos.world import TASKS, Expected, World
+from tests.chaos.world import Expected, World
 from tests.jobs.kills import Kill, Told
 
 # No task has ended for so long, and nothing holds the run up: it hangs.
@@ -58,13 +58,14 @@ class Outcome:
     double: list[str] = field(default_factory=list)
     hung: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)  # promises of another kind
     repeated: int = 0  # calls made again without a blow that explains it
     codes: list[int] = field(default_factory=list)  # of commands that ended by themselves
     seconds: float = 0.0
 
     @property
     def is_good(self) -> bool:
-        return not (self.lost or self.double or self.hung or self.wrong)
+        return not (self.lost or self.double or self.hung or self.wrong or self.broken)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -73,7 +74,7 @@ class Outcome:
 def play(world: World, one: Round, folder: Path, say: Callable[[str], None]) -> Outcome:
     """Play a round. `folder` gets the output of its commands and a line for each blow."""
     began = time.monotonic()
-    expected = world.learn(one.benchmark)
+    world.learn(one)
     world.heal()
     world.witness.answered.clear()
     name = f"round-{one.number}-{time.time_ns() % 10**9}"
@@ -81,19 +82,21 @@ def play(world: World, one: Round, folder: Path, say: Callable[[str], None]) -> 
     outcome = Outcome(one.number, one.title, run_dir)
     rng = random.Random(f"round {one.number}")
     # Slow enough for all of them to come before the end.
-    concurrency = 3 if len(one.blows) > BLOWS else rng.randint(*IN_FLIGHT)
-    with world.carried(one.benchmark, run_dir, concurrency, folder / f"{name}.log") as job:
-        scene = Scene(world, job, rng)
+    concurrency = one.tasks // 10 if len(one.blows) > BLOWS else rng.randint(*IN_FLIGHT)
+    with world.carried(one, run_dir, concurrency, folder / f"{name}.log") as job:
+        scene = Scene(world, job, rng, one.outage_s)
         try:
             for blow in one.blows:
                 if blow.kind in world.unavailable:
                     outcome.skipped.append(f"{blow.kind}: {world.unavailable[blow.kind]}")
                     continue
-                _strike(scene, blow, TASKS[one.benchmark], outcome, folder, say)
+                _strike(scene, blow, one.tasks, outcome, folder, say)
             _end(scene, outcome)
         except Hung as hung:
             outcome.hung.append(str(hung))
-    outcome = judged(world, outcome, expected)
+        except Wrong as wrong:
+            outcome.broken.append(str(wrong))
+    outcome = judged(world, outcome, world.expected[one.benchmark, one.tasks])
     outcome.seconds = time.monotonic() - began
     return outcome
 

@@ -17,7 +17,7 @@ from tests.chaos.clock import Clock, clock
 from tests.chaos.disk import Disk, disk
 from tests.chaos.job import Carried, carried
 from tests.chaos.outside import Bucket, Web, bucket, web
-from tests.chaos.plan import Benchmark, Kind, Storage
+from tests.chaos.plan import Benchmark, Kind, Round, Storage
 from tests.chaos.unavailable import Unavailable
 from tests.jobs.cluster import Cluster, finished, made
 from tests.jobs.kills import Answer, Told, Witness, titled, witness
@@ -25,9 +25,7 @@ from tests.s3_server import BUCKET
 
 # Long enough for several calls of each task to be in flight when a blow comes.
 LATENCY_S = 0.15
-# Trials of the twenty dialogues, so that there are as many simulations as questions, or nearly.
-TRIALS = {"hle": 1, "tau2": 2}
-TASKS = {"hle": 60, "tau2": 40}
+DIALOGUES = 20
 SCRIPTS = {"hle": "jobs/hle.py", "tau2": "jobs/tau2.py"}
 SERVICES = (
     "ray::ServeController",
@@ -36,6 +34,8 @@ SERVICES = (
     "ray::ServeReplica:retriever",
 )
 UP_S = 120.0
+# A driver waits for a cluster that is gone for so long, and not for a minute.
+NOTICED_SOON = {"TOOLORCH_CLUSTER_LOST_S": "8"}
 
 
 @dataclass
@@ -51,7 +51,7 @@ class World:
     # Of the driver, and of the second node.
     clocks: tuple[Clock, Clock] | None = None
     unavailable: dict[Kind, str] = field(default_factory=dict)
-    expected: dict[Benchmark, Expected] = field(default_factory=dict)
+    expected: dict[tuple[Benchmark, int], Expected] = field(default_factory=dict)
 
     def run_dir(self, storage: Storage, name: str) -> str:
         """A place for a run, as its user types it."""
@@ -61,20 +61,21 @@ class World:
             return str(self.disk.folder / name)
         return str(self.folder / "runs" / name)
 
-    def arguments(self, benchmark: Benchmark, run_dir: str, concurrency: int) -> list[str]:
+    def arguments(self, benchmark: Benchmark, tasks: int, run_dir: str, concurrency: int) -> list[str]:
+        size = ("--limit", f"{tasks}") if benchmark == "hle" else ("--trials", f"{tasks // DIALOGUES}")
         return [
-            *("--run-dir", run_dir),
+            *("--run-dir", run_dir, *size),
             *("--set", f"models.baseline.endpoints=[{{base_url: {self.witness.url}}}]"),
-            *("--set", f"concurrency={concurrency}", "--set", f"trials={TRIALS[benchmark]}"),
+            *("--set", f"concurrency={concurrency}"),
         ]
 
     @contextmanager
-    def carried(self, benchmark: Benchmark, run_dir: str, concurrency: int, log: Path) -> Iterator[Carried]:
-        """The command on `run_dir`, started; killed where it is left."""
-        arguments = self.arguments(benchmark, run_dir, concurrency)
+    def carried(self, one: Round, run_dir: str, concurrency: int, log: Path) -> Iterator[Carried]:
+        """The command of a round on `run_dir`, started; killed where it is left."""
+        arguments = self.arguments(one.benchmark, one.tasks, run_dir, concurrency)
 
         def popen(*words: str, **environ: str) -> subprocess.Popen[str]:
-            return self.cluster.job(*words, script=SCRIPTS[benchmark], **environ)
+            return self.cluster.job(*words, script=SCRIPTS[one.benchmark], **environ)
 
         environ = self.clocks[0].environ if self.clocks else {}
         with carried(popen, arguments, environ, log) as job:
@@ -84,18 +85,20 @@ class World:
         """What the log of that run says; of an object store, as another machine sees it."""
         return Told(object_store.local(run_dir))
 
-    def learn(self, benchmark: Benchmark) -> Expected:
-        """What an undisturbed run gives; made once."""
-        if benchmark not in self.expected:
-            run_dir = str(self.folder / "runs" / f"undisturbed-{benchmark}")
-            output = finished(
-                self.cluster.job(*self.arguments(benchmark, run_dir, 40), script=SCRIPTS[benchmark])
-            )
+    def learn(self, *all_of: Round) -> None:
+        """What undisturbed runs of the same tasks give: made once, and at one time."""
+        asked = {(one.benchmark, one.tasks) for one in all_of} - self.expected.keys()
+        runs = []
+        for benchmark, tasks in sorted(asked):
+            run_dir = str(self.folder / "runs" / f"undisturbed-{benchmark}-{tasks}")
+            arguments = self.arguments(benchmark, tasks, run_dir, 40)
+            runs.append((benchmark, tasks, run_dir, self.cluster.job(*arguments, script=SCRIPTS[benchmark])))
+        for benchmark, tasks, run_dir, process in runs:
+            output = finished(process)
             found = Expected.of(self.told(run_dir))
-            if len(found.answers) != TASKS[benchmark] or {a[0] for a in found.answers.values()} != {"ok"}:
+            if len(found.answers) != tasks or {answer.outcome for answer in found.answers.values()} != {"ok"}:
                 raise RuntimeError(f"the undisturbed run did not end well:\n{output}")
-            self.expected[benchmark] = found
-        return self.expected[benchmark]
+            self.expected[benchmark, tasks] = found
 
     def heal(self) -> None:
         """Until both nodes and all services are there again."""

@@ -34,14 +34,14 @@ class Job:
     cluster: Cluster
     witness: Witness
     run_dir: Path
-    script: str = "jobs/hle.py"
+    limit: int  # of questions
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def start(self, concurrency: int, **environ: str) -> subprocess.Popen[str]:
         endpoint = f"models.baseline.endpoints=[{{base_url: {self.witness.url}}}]"
-        where = ("--run-dir", str(self.run_dir))
+        where = ("--run-dir", str(self.run_dir), "--limit", f"{self.limit}")
         settings = ("--set", endpoint, "--set", f"concurrency={concurrency}")
-        self.started.append(self.cluster.job(*where, *settings, script=self.script, **environ))
+        self.started.append(self.cluster.job(*where, *settings, **environ))
         return self.started[-1]
 
     def end(self) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from tests.chaos.plan import Round, every_kind_once
 from tests.chaos.play import judged, play
-from tests.chaos.world import TASKS, Expected, World, world
+from tests.chaos.world import Expected, World, world
 from tests.jobs.cluster import finished, until
 from tests.jobs.kills import Answer, Answers, Job, titled
 
@@ -31,19 +31,20 @@ LEASE_S = 3.0
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with world(tmp_path_factory.mktemp("chaos") / "world") as found:
+        found.learn(QUESTIONS, DIALOGUES)
         yield found
 
 
 @pytest.fixture(scope="module")
 def expected(place: World) -> Answers:
     """The answers of a run in which nothing dies."""
-    return dict(place.learn("hle").answers)
+    return dict(place.expected[QUESTIONS.benchmark, QUESTIONS.tasks].answers)
 
 
 @pytest.fixture
 def job(place: World, tmp_path: Path) -> Iterator[Job]:
     place.witness.answered.clear()
-    job = Job(place.cluster, place.witness, tmp_path / "run")
+    job = Job(place.cluster, place.witness, tmp_path / "run", limit=QUESTIONS.tasks)
     yield job
     job.end()
 
@@ -61,7 +62,7 @@ def test_a_run_that_every_kind_of_fault_hits_ends_as_an_undisturbed_one(
     ], outcome.missed
     assert (tmp_path / "blows.jsonl").read_text().count("\n") == len(outcome.struck)
     # The same run is found wanting where another answer, or one answer more, was to be expected.
-    right = place.expected[one.benchmark]
+    right = place.expected[one.benchmark, one.tasks]
     (key, answer), *_ = right.answers.items()
     other = Expected(
         {**right.answers, key: Answer("ok", None, "another"), ("none", 0): answer}, right.dialogues
@@ -72,7 +73,7 @@ def test_a_run_that_every_kind_of_fault_hits_ends_as_an_undisturbed_one(
 
 def complete(process: subprocess.Popen[str]) -> None:
     """The job ends by itself, with everything accounted for."""
-    output, n = finished(process), TASKS["hle"]
+    output, n = finished(process), QUESTIONS.tasks
     assert process.returncode == 0, output
     assert f"{n} planned = {n} ok + 0 failed + 0 limited + 0 owed + 0 pending" in output
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import httpx
+import psutil
 import pytest
 
 from ray_app.errors import DatasetError
@@ -83,6 +84,23 @@ async def test_a_known_question_with_few_hits_gets_pages_once_paid_and_others_ge
     ]
     assert (found[0].hits[0].text, found[0].hits[0].source) == (GLACIER, "local")
     assert sum(each.cost_usd for each in found) == pytest.approx(0.014)
+
+
+@pytest.mark.long
+async def test_a_fallback_that_dies_with_its_question_is_asked_again(running: Running) -> None:
+    async with running.web("https://e.example") as web:
+        web.gate.clear()
+        asked = asyncio.create_task(running.client.retrieve("eastern glacier", "few", 3))
+        await asyncio.wait_for(web.arrived.wait(), 20)
+        [replica] = [
+            each
+            for each in psutil.Process().children(recursive=True)
+            if each.cmdline()[:1] and each.cmdline()[0].startswith(f"ray::ServeReplica:{APP}:web")
+        ]
+        replica.kill()
+        web.gate.set()
+        found = await asked
+    assert (found.web_error, [hit.source for hit in found.hits]) == ("", ["local", "local", "tavily"])
 
 
 async def test_over_http_headers_tell_the_cost_and_a_repeat_is_free(running: Running) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,6 +86,20 @@ async def test_models_are_asked_what_tau2_asks_them(
     await dialogue.run(name)
     assert len(ours.requests) > 3
     assert ours.requests == theirs.requests
+
+
+@pytest.mark.parametrize("name", ["airline", "retail"])
+def test_each_environment_has_the_data_of_the_file_and_shares_no_change(name: str) -> None:
+    domain = UpstreamDomain(name)
+    one, other = domain.environment(), domain.environment()
+    assert isinstance(one, UpstreamEnvironment) and isinstance(other, UpstreamEnvironment)
+    read = json.loads(Path(upstream.data_folder() or "", "tau2", "domains", name, "db.json").read_text())
+    kind, begun = type(one.inner.tools.db), other.fingerprint()
+    assert any(key[0] is kind and copy is not None for key, copy in upstream._COPIERS.items())
+    assert kind.model_validate(read).get_hash() == one.inner.get_db_hash()
+    one.perform(_unwanted(name, one.inner.tools.db))
+    assert one.fingerprint() != begun
+    assert begun == other.fingerprint() == domain.environment().fingerprint()
 
 
 async def test_what_the_judge_denies_is_worth_nothing_to_both() -> None:
