@@ -63,6 +63,7 @@ class _Route:
     preemptions: float | None = None
     share: RunShare | None = None
     is_begun: bool = False  # its limit has been in force
+    kept: int | None = None  # the last share, while nothing is heard of the other runs
     told: Decided | None = None
 
     @property
@@ -75,17 +76,22 @@ class _Route:
             return Decided(self.controller.limit, 1, self.controller.reason)
         return Decided(self.share.limit, self.share.runs, self.share.reason)
 
+    @property
+    def had(self) -> int | None:
+        """What a new joint decision is to begin from; None where calls have had no limit yet."""
+        if self.share is None and self.kept is not None:
+            return self.kept
+        return self.limit if self.is_begun else None
+
     def go_alone(self) -> None:
-        """Search from what cannot harm, up to what there was: the others may have been granted more since."""
+        """From the share that it had, and with others there never beyond that: they may have more by now."""
         share, self.share = self.share, None
         if share is None:
             return
-        if share.runs == 1:
-            self.controller = Controller.resumed(self.bounds, share.now, "alone")
-        else:
-            most = max(1, share.now, share.alone)
-            bounds = replace(self.bounds, most=min(self.bounds.most, most))
-            self.controller = Controller.resumed(bounds, share.alone, "alone: nothing heard of other runs")
+        now = max(1, share.now)
+        self.kept = now if share.runs > 1 else None
+        bounds = self.bounds if share.runs == 1 else replace(self.bounds, most=min(self.bounds.most, now))
+        self.controller = Controller.resumed(bounds, now, "alone: no word of other runs")
 
 
 class Governor:
@@ -220,7 +226,7 @@ class Governor:
         """What to tell of each route for the joint limits; each call counts once, here or in `tick`."""
         now = self._clock()
         return {
-            key: RunUse(route.bounds, self._seen(key, route, now), route.limit if route.is_begun else None)
+            key: RunUse(route.bounds, self._seen(key, route, now), route.had)
             for key, route in self._routes.items()
         }
 
