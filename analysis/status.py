@@ -107,15 +107,17 @@ class Progress:
 class RouteLimit:
     """How many calls may be open at a model's endpoint now, as the driver decided, and its last change.
 
-    `open` counts the model's calls that are, None where it has more endpoints than one: calls name none.
+    `all_runs` is the limit that `runs` runs share, None where this is the only one. `open` counts the model's
+    calls that are, None where it has more endpoints than one: calls name none.
     """
 
     model: str
     endpoint: str
     limit: int
+    all_runs: int | None
+    runs: int
     open: int | None
     changed: LimitChange | None
-    shared: tuple[int, ...] = (0, 1)  # the limit of all runs of the cluster together, and how many they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,14 +199,15 @@ def _limits(
     figures: Mapping[str, Any], told: Sequence[Status], changes: Mapping[tuple[str, str], LimitChange]
 ) -> list[RouteLimit]:
     routes = figures.get("limits", ())
-    places = Counter(model for model, *_ in routes)
+    places = Counter(route[0] for route in routes)
     calls = Counter[str]()
     for group in (group for status in told for group in status.groups):
         calls[group.model] += group.n
     return [
         RouteLimit(
             *(model, url, limit),
-            shared=tuple(shared) or (0, 1),
+            all_runs=shared[0] if shared else None,
+            runs=shared[1] if shared else 1,
             open=calls[model] if places[model] == 1 else None,
             changed=changes.get((model, url)),
         )

@@ -95,11 +95,11 @@ def _budget_lines(budget: Budget | None) -> list[str]:
 
 
 def _limit_row(route: RouteLimit) -> list[str]:
-    all_runs, runs = route.shared
+    shared = "" if route.all_runs is None else f" of {number(route.all_runs)} for {route.runs} runs"
     row = [
         route.model,
         route.endpoint,
-        number(route.limit) + (f" of {all_runs} for {runs} runs" if runs > 1 else ""),
+        number(route.limit) + shared,
         DASH if route.open is None else number(route.open),
     ]
     change = route.changed

@@ -57,7 +57,7 @@ def test_a_run_at_work_is_running(tmp_path: Path) -> None:
         rows.append(event("limit", float(at), model="gpt", endpoint="http://a/v1", detail=detail))
     write_run(tmp_path, rows)
     with driven(tmp_path):
-        decided = {"limits": [["gpt", "http://a/v1", 24], ["qwen", "http://b/v1", 8]]}
+        decided = {"limits": [["gpt", "http://a/v1", 24], ["qwen", "http://b/v1", 8, 32, 3]]}
         figures = FIGURES | decided | {"per_min": 2.0, "last_commit": 1.0, "spent_usd": 1.5, "limit_usd": 6.0}
         driver = told(tmp_path, "driver", figures=lambda: figures)
         worker = told(tmp_path)
@@ -80,8 +80,9 @@ def test_a_run_at_work_is_running(tmp_path: Path) -> None:
         changed = limits[0][3]
         assert changed is not None
         assert (changed.old, changed.new, changed.reason, changed.n) == (64, 24, "refused", 2)
-        page = CliRunner().invoke(app, ["watch", "--once", str(tmp_path)]).stdout
+        page = CliRunner().invoke(app, ["watch", "--once", str(tmp_path)], env={"COLUMNS": "160"}).stdout
         assert "limits.run_cost_usd: $1.50 of $6.00 spent (25.0%)" in page
+        assert re.search(r"qwen +http://b/v1 +8 of 32 \(3 runs\) +0", page)
         assert re.search(r"gpt +http://a/v1 +24 +1 +\S+ \S+ +64 +refused", page)
         worker.end(number)
         worker.close()
