@@ -95,7 +95,7 @@ def _budget_lines(budget: Budget | None) -> list[str]:
 
 
 def _limit_row(route: RouteLimit) -> list[str]:
-    shared = "" if route.all_runs is None else f" of {number(route.all_runs)} for {route.runs} runs"
+    shared = "" if route.all_runs is None else f" of {number(route.all_runs)} ({route.runs} runs)"
     row = [
         route.model,
         route.endpoint,
