@@ -171,8 +171,8 @@ def test_a_run_that_hears_nothing_goes_on_with_no_more_than_it_had_and_joins_aga
         assert governor.grant("w").shares[KEY].now == governor.limits()[KEY] <= 30
         assert second > LEASE_S + 1 or governor.limits()[KEY] == 30
         limits.add(governor.limits()[KEY])
+        assert governor.uses()[KEY].had == 30  # all runs together go on from where they were
     assert len(limits) > 1  # searched for by what it yields, within that
-    assert governor.uses()[KEY].had == 30  # and all runs together go on from where they were
     governor.follow({KEY: RunShare(50, 90, 2, "climb: more")})
     assert governor.limits()[KEY] == 50 and governor.figures()["limits"] == [[*KEY, 50, 90, 2]]
 
