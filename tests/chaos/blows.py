@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tests.chaos.world import World
 
 VICTIM_S = 60.0
+LIMITS = 0.25
 # Longer outages of the web are not waited for: the search says so and goes on with what the corpus has.
 WEB_S = 5.0
 STEPS_S = (-86_400, -3600, -2, 2, 3600, 86_400)
@@ -78,6 +79,12 @@ def _killed(title: str) -> Callable[[Scene], str]:
         return f"{title} {victim.pid}"
 
     return blow
+
+
+def _checkpoint(scene: Scene) -> str:
+    """Or the other actor that a run has beside it: the one that shares limits between runs."""
+    title = "ray::SharedLimits" if scene.rng.random() < LIMITS else "ray::Checkpoint"
+    return _killed(title)(scene)
 
 
 def _raylet(scene: Scene) -> str:
@@ -198,7 +205,7 @@ def _clock(scene: Scene) -> str:
 BLOWS: Mapping[Kind, Callable[[Scene], str]] = {
     "worker": _killed("ray::Worker"),
     "raylet": _raylet,
-    "checkpoint": _killed("ray::Checkpoint"),
+    "checkpoint": _checkpoint,
     "driver": _driver,
     "retriever": _killed(REPLICAS["retriever"]),
     "model": _killed(REPLICAS["model"]),
