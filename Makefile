@@ -6,7 +6,7 @@ EXTRA ?= cpu
 BIN := $(VENV)/bin
 BENCHES := analysis baseline chat concurrency engine retriever scheduling sharing tau2
 
-.PHONY: setup hle tau2 test test-long check bench chaos clean
+.PHONY: setup hle tau2 test test-long check bench chaos soak clean
 
 setup: $(VENV)/.ready
 
@@ -48,6 +48,10 @@ bench: setup
 SEEDS ?= 1..50
 chaos: setup
 	$(BIN)/python -m benchmarks.chaos --seeds $(SEEDS) $(AGAIN)
+
+# 100,000 tasks with faults: 15 minutes or so on two idle cores. SOAK="--out FOLDER" keeps the pictures and the run.
+soak: setup
+	$(BIN)/python -m benchmarks.soak $(SOAK)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -95,10 +95,13 @@ def _budget_lines(budget: Budget | None) -> list[str]:
 
 
 def _limit_row(route: RouteLimit) -> list[str]:
-    limit, count = number(route.limit), DASH if route.open is None else number(route.open)
-    if route.all_runs is not None:
-        limit += f" of {number(route.all_runs)} ({route.runs} runs)"
-    row = [route.model, route.endpoint, limit, count]
+    shared = "" if route.all_runs is None else f" of {number(route.all_runs)} ({route.runs} runs)"
+    row = [
+        route.model,
+        route.endpoint,
+        number(route.limit) + shared,
+        DASH if route.open is None else number(route.open),
+    ]
     change = route.changed
     if change is None:
         return [*row, DASH, DASH, DASH]

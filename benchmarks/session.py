@@ -41,14 +41,15 @@ def snapshot(without: Collection[int] = ()) -> Snapshot:
                 with process.oneshot():
                     times = process.cpu_times()
                     used = times.user + times.system
-                    found[process.pid] = Process(_kind(process), used, process.memory_info().rss)
+                    found[process.pid] = Process(kind(process, os.getpid()), used, process.memory_info().rss)
             except _ENDED:
                 continue
     return found
 
 
-def _kind(process: psutil.Process) -> str:
-    if process.pid == os.getpid():
+def kind(process: psutil.Process, driver: int) -> str:
+    """What a process of the session that `driver` started is."""
+    if process.pid == driver:
         return "driver"
     command = (process.cmdline() or [""])[0].rpartition("/")[2]
     if command.startswith("ray::Worker"):  # the engine's actor; Ray names its agents in the same manner

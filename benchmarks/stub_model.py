@@ -126,9 +126,14 @@ class Connection(asyncio.Protocol):
 
 def seeded(behaviour: Behaviour, request: bytes) -> Answer:
     """What `behaviour` answers to the seed of a request."""
-    seeds = _SEED.findall(request)
-    seed = int(seeds[-1]) if seeds else 0
+    seed = seed_of(request)
     return Answer(behaviour.latency_s(seed), packets(behaviour.text(seed), behaviour))
+
+
+def seed_of(request: bytes) -> int:
+    """The seed of a request; 0 where it has none."""
+    seeds = _SEED.findall(request)
+    return int(seeds[-1]) if seeds else 0
 
 
 def packets(text: str, behaviour: Behaviour) -> list[bytes]:
