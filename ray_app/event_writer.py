@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from ray_app.errors import StorageError
 from ray_app.event_rows import FIELDS, Body, Row, check, event_batch, fields_of, payload_batch
-from ray_app.events import event_files, payload_files
+from ray_app.events import event_files, let_go, payload_files
 from ray_app.object_store import ObjectStore, store_of
 from ray_app.parquet_file import publish, sync_path
 from ray_app.records import Event
@@ -308,10 +308,13 @@ class EventWriter:
 
     def _publish(self) -> None:
         with self._publishing:
+            is_any = any(stream.finished for stream in self._streams())
             for stream in self._streams():
                 while stream.finished:
                     publish(stream.finished[0])
                     stream.finished.pop(0)
+            if is_any:
+                let_go()
 
     def _publish_quietly(self) -> None:
         """Publishes what is finished; logs only the first failure of several, and their end."""

@@ -67,11 +67,18 @@ class Recorder:
         give_up = time.monotonic() + self._patience_s
         while True:
             try:
-                return await asyncio.to_thread(records, self._run_dir, keys)
+                return await asyncio.to_thread(_records_alone, self._run_dir, keys)
             except StorageError:
                 if time.monotonic() >= give_up:
                     raise
                 await asyncio.sleep(RETRY_S)
+
+
+def _records_alone(run_dir: Path, keys: Collection[Key]) -> dict[Key, Record]:
+    """`records`, and nothing of the log stays behind in this process."""
+    found = records(run_dir, keys)
+    events.let_go()
+    return found
 
 
 def touched(run_dir: Path) -> set[Key]:
