@@ -32,7 +32,8 @@ def comparison_page(found: Comparison) -> RenderableType:
         names = ", ".join(label.name.replace("_", " ").upper() for label in differing)
         words = f"NOT COMPARABLE: {names} DIFFER. The two scores mean different things."
         parts.append(Text(words, style="bold white on red"))
-    parts.append(_labels([*found.labels, *found.other_facts]))
+    if any(label.first or label.second for label in (*found.labels, *found.other_facts)):
+        parts.append(_labels([*found.labels, *found.other_facts]))
     parts += [Text(line) for line in _pairing_lines(found.pairing)]
     if found.overall.difference.n:
         parts.append(_accuracy(found))

@@ -1,7 +1,7 @@
 """A run as one HTML file that asks nobody for anything: figures, plots, and every turn of every task.
 
-The file holds its data beside the program that shows them. No text of a run becomes markup: data are JSON
-in which no `<` stands, or base64, and the program writes them as text nodes alone; the page's own policy
+The file holds its data beside the program that shows them. No text of a run becomes markup: data are JSON in
+which no `<` stands, or letters alone, and the program writes them as text nodes alone; the page's own policy
 (CSP) runs no script but that program, loads nothing and connects to nothing. What does not fit is left out
 by the end of each text, and said in place (`page_parts.py`).
 """
@@ -39,13 +39,14 @@ from analysis.questions import Questions, questions_of
 from analysis.selection import EVERYTHING, Selection
 from ray_app.errors import RunDirError
 
-MOST_BYTES = 19_500_000
+MOST_BYTES = 19_950_000  # under 20 MB
+_PROGRAM_CHARS = 70_000  # of the page, with its style
 SCRIPTS = (
+    "dense.js",
     "page.js",
     "format.js",
     "tables.js",
     "plots.js",
-    "bzip2.js",
     "data.js",
     "list.js",
     "story.js",
@@ -83,17 +84,20 @@ def write_page(
     """
     log = open_run(run_dir, replace(selection, all_runs=True), COLUMNS_READ)
     withheld = gated_reason(log.facts) if redact is None else "asked for by --redact" if redact else ""
-    questions = Questions() if withheld else questions_of(run_dir, log.facts)
+    is_dialogue = log.facts.get("benchmark") == "tau2"  # what was asked is told by its user
+    questions = Questions() if withheld or is_dialogue else questions_of(run_dir, log.facts)
     figures, tasks, words = figures_of(log), tasks_of(log), Vocabulary(log)
     index = index_of(tasks, words)
     with Texts(log, withheld=bool(withheld)) as texts:
-        room = most_bytes - len(json.dumps(figures.content)) - len(json.dumps(index))
-        most = Most(0, 0) if withheld else plan(texts, tasks, room)
-        packed = pack(parts_of(tasks, words, texts, questions, most), texts, most, room)
+        around = _PROGRAM_CHARS + len(json.dumps(figures.content))
+        most = Most(0, 0) if withheld else plan(texts, tasks, most_bytes - around)
+        parts = parts_of(tasks, words, texts, questions, most)
+        packed = pack(parts, _json(index), texts, most, most_bytes, around)
     head = {
         **{"name": Path(log.name).name, "run": log.name, "state": figures.run.state},
         **{"made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"), "withheld": withheld},
         **{"note": questions.note, "absence": log.absence or "", "cut": CUT_BYTES, "exit_zero": EXIT_ZERO},
+        "is_dialogue": is_dialogue,
         **{
             "text_bytes": packed.most.text,
             "document_bytes": packed.most.document,
@@ -101,25 +105,28 @@ def write_page(
             "pieces": words.pieces,
         },
     }
-    data = {**head, "figures": figures.content, "words": words.names, "tasks": index, "parts": packed.tasks}
-    size = _write(path, _lines(data, packed))
+    data = {**head, "figures": figures.content, "words": words.names, "parts": packed.tasks}
+    data |= {"told": packed.told, "shelves": packed.shelves}
+    data["tasks"] = index if packed.packing == "deflate" else packed.index
+    size = _write(path, _lines(data, packed), packed.encoding)
     return Page(path, size, len(tasks), *packed.most, withheld, figures.content["sentence"])
 
 
-def _lines(data: dict[str, Any], packed: Packed) -> Iterator[bytes]:
+def _lines(data: dict[str, Any], packed: Packed) -> Iterator[str]:
     template, style = _file("page.html"), _file("page.css")
     program = '"use strict";\n(() => {\n' + "\n".join(map(_file, SCRIPTS)) + "\n})();\n"
     before, after = template.split("<!-- parts -->")
-    places = {"{{policy}}": _policy(program, style), "{{style}}": style, "{{program}}": program}
+    places = {"{{encoding}}": packed.encoding, "{{policy}}": _policy(program, style)}
+    places |= {"{{style}}": style, "{{program}}": program}
     places |= {"{{data}}": _inert(data), "{{title}}": _text(f"{data['name']} \N{MIDDLE DOT} run report")}
     for name, value in places.items():
         head, found, tail = before.partition(name)
         before = head + value + tail if found else before
-    yield before.encode("utf-8", "replace")
+    yield before
     for kind in ("figures", "texts", "documents"):
         for number, body in enumerate(getattr(packed, kind)):
-            yield b'<script type="text/plain" id="%s-%d">%s</script>\n' % (kind.encode(), number, body)
-    yield after.encode()
+            yield f'<script type="text/plain" id="{kind}-{number}">{body}</script>\n'
+    yield after
 
 
 def _policy(program: str, style: str) -> str:
@@ -133,8 +140,11 @@ def _policy(program: str, style: str) -> str:
 
 def _inert(data: dict[str, Any]) -> str:
     """JSON that cannot end the element that it stands in, whatever it holds."""
-    body = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return body.translate({ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"})
+    return _json(data).translate({ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"})
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def _text(text: str) -> str:
@@ -145,12 +155,13 @@ def _file(name: str) -> str:
     return resources.files("analysis").joinpath("report_page", name).read_text(encoding="utf-8")
 
 
-def _write(path: Path, lines: Iterator[bytes]) -> int:
+def _write(path: Path, lines: Iterator[str], encoding: str) -> int:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            size = sum(map(file.write, lines))
+        with temporary.open("w", encoding=encoding, errors="replace", newline="") as file:
+            file.writelines(lines)
+        size = temporary.stat().st_size
         temporary.replace(path)
     except OSError as error:
         with suppress(OSError):

@@ -15,9 +15,10 @@ import numpy as np
 from analysis import schedule
 from analysis.critical_path import STAGE_NAMES, SegmentPath, TaskPath, critical_path, shares
 from analysis.log import RunLog
-from analysis.numbers import PERCENTILES, quantiles
+from analysis.numbers import PERCENTILES, Interval, quantiles
 from analysis.path_table import fact_rows
 from analysis.report import sentence
+from analysis.simulations import MEAN, simulations
 from analysis.summary import GroupRow, RunSummary, Segment, summarise
 from analysis.tables import overview_rows
 from analysis.timing import GROUPS, PARTS, Timing, timing
@@ -51,6 +52,7 @@ def figures_of(log: RunLog) -> Figures:
             _groups("By answer type", "answer type", run.by_answer_type),
             _kinds("Failures", run.failures),
             _kinds("Limits reached", run.limits),
+            *_simulations(log),
             _segments(run.segments),
         ],
         "timing": [_timing(title, group, times) for group, title in GROUPS.items()],
@@ -105,6 +107,31 @@ def _groups(title: str, label: str, rows: Sequence[GroupRow]) -> dict[str, Any]:
             for row in rows
         ),
     )
+
+
+def _simulations(log: RunLog) -> list[dict[str, Any]]:
+    """Of a tau2 run what its dialogues came to, by domain."""
+    found = simulations(log)
+    if found.overall is None or log.facts.get("benchmark") != "tau2":
+        return []
+    rows = [*found.domains, *([found.overall] if len(found.domains) > 1 else [])]
+    groups = [(row.name, row.pass_hat) for row in rows]
+    groups += [(MEAN, found.mean_of_domains)] if found.mean_of_domains else []
+    columns = [("domain", "name"), ("k", "int"), ("tasks", "int"), ("pass^k", "share")]
+    columns += [("95% low", "share"), ("95% high", "share")]
+    lines = [
+        [name, each.k, each.tasks, each.value, *_ends(each.interval)] for name, own in groups for each in own
+    ]
+    names = list(dict.fromkeys(reason for row in reversed(rows) for reason in row.reasons))
+    reasons = [[row.name, *(row.reasons.get(name, 0) for name in names)] for row in rows]
+    return [
+        _table("pass^k", columns, lines),
+        _table("How dialogues ended", [("domain", "name"), *((name, "int") for name in names)], reasons),
+    ]
+
+
+def _ends(interval: Interval | None) -> list[float | None]:
+    return [None, None] if interval is None else [interval.low, interval.high]
 
 
 def _kinds(title: str, kinds: dict[str, int]) -> dict[str, Any]:

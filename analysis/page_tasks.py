@@ -1,8 +1,8 @@
 """The tasks of a run as a page wants them: an index with a row for each trial, and their rows, part by part.
 
 All is columns of small whole numbers and codes into one table of words, because that packs best. A number
-that a row does not say is UNSAID. A part holds some tasks: `figures` (all their rows), `texts` (one line a
-task), `documents` (each text that their retrievals found, once).
+that a row does not say is UNSAID. A part holds some tasks: `figures` (all their rows) and `texts` (one line a
+task). The documents that retrievals found are shared by all parts, each text once (`Shelves`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from analysis.questions import Questions
 from analysis.story import ORDER, FoundText
 
 PART_ROWS, PART_TASKS = 3000, 50
+SHELF_CHARS = 850_000  # of documents, packed together: what one block of bzip2 takes
 # What the file of questions says of a task.
 ASKED = ("question", "reference answer", "rationale")
 WITHHELD, LOST, LEFT_OUT = -1, -2, -3  # in place of a document's text
@@ -45,12 +46,61 @@ class Most(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Some tasks, each as JSON of its own; `tasks` counts them."""
+    """Some tasks, each as JSON of its own; `tasks` counts them. `shelves` are those that are full by now."""
 
     tasks: int
     figures: str
     texts: str
-    documents: str
+    shelves: list[Shelf]
+
+
+class Shelf(NamedTuple):
+    """Some documents: how many, and the text of each with how much of it is left out."""
+
+    documents: int
+    texts: str
+
+
+class Shelves:
+    """Each text that a retrieval found, once, in the order in which they were found first."""
+
+    def __init__(self, texts: Texts, most: Most) -> None:
+        self._texts, self._most = texts, most
+        self._known: dict[str, int] = {}
+        self._cuts: list[Cut] = []
+        self._before = self._chars = 0
+        self._full: list[Shelf] = []
+
+    def place(self, name: str) -> int:
+        """Which document of the page the text `name` is, or why it is none."""
+        if not self._most.document:
+            return LEFT_OUT if self._most.text else WITHHELD
+        if name not in self._known:
+            found = self._texts.document(name)
+            self._known[name] = LOST if found is None else self._before + len(self._cuts)
+            if found is not None:
+                self._put(shorter(found, self._most.document))
+        return self._known[name]
+
+    def taken(self, *, is_last: bool) -> list[Shelf]:
+        """The shelves that became full since the last time; at the end the one that did not, too."""
+        if is_last:
+            self._close()
+        full, self._full = self._full, []
+        return full
+
+    def _put(self, text: Cut) -> None:
+        self._cuts.append(text)
+        self._chars += len(text.shown)
+        if self._chars >= SHELF_CHARS:
+            self._close()
+
+    def _close(self) -> None:
+        if self._cuts:
+            flat = [value for text in self._cuts for value in text]
+            self._full.append(Shelf(len(self._cuts), _json(flat)))
+        self._before += len(self._cuts)
+        self._cuts, self._chars = [], 0
 
 
 @dataclass(frozen=True)
@@ -201,22 +251,21 @@ def parts_of(
 
     Where `most` is of no text at all, texts are withheld: their names stand there, and nothing of them.
     """
-    first, bounds = 0, tasks.bounds
+    first, bounds, shelves = 0, tasks.bounds, Shelves(texts, most)
     while first < len(tasks):
         within = int(np.searchsorted(bounds, bounds[first] + PART_ROWS, side="right")) - 1
         last = min(len(tasks), first + PART_TASKS, max(first + 1, within))
-        yield _Teller(tasks, words, texts, most).part(first, last, questions)
+        teller = _Teller(tasks, words, texts, most, shelves)
+        yield teller.part(first, last, questions)
         first = last
 
 
 class _Teller:
     """Makes one part."""
 
-    def __init__(self, tasks: Tasks, words: Vocabulary, texts: Texts, most: Most) -> None:
+    def __init__(self, tasks: Tasks, words: Vocabulary, texts: Texts, most: Most, shelves: Shelves) -> None:
         self._tasks, self._log, self._vocabulary = tasks, tasks.log, words
-        self._texts, self._most = texts, most
-        self._documents: list[Cut] = []
-        self._known: dict[str, int] = {}
+        self._texts, self._most, self._shelves = texts, most, shelves
         # Of each document that was found: the row of the part, and what the retrieval says of it.
         self._hits: list[tuple[int, int, int, int, int]] = []
 
@@ -232,8 +281,8 @@ class _Teller:
             **self._columns(every[start : bounds[last]]),
             "hits": [list(column) for column in zip(*self._hits, strict=True)] or [[]] * 5,
         }
-        flat = [value for document in self._documents for value in document]
-        return Part(last - first, _json(figures), "\n".join(lines), _json(flat))
+        shelves = self._shelves.taken(is_last=last == len(self._tasks))
+        return Part(last - first, _json(figures), "\n".join(lines), shelves)
 
     def _columns(self, rows: Ints) -> dict[str, list[int]]:
         log = self._log
@@ -287,18 +336,8 @@ class _Teller:
             self._vocabulary.code(hit.source),
             int(hit.document_id),
             score,
-            self._document(hit.text_hash),
+            self._shelves.place(hit.text_hash),
         )
-
-    def _document(self, name: str) -> int:
-        if not self._most.document:
-            return LEFT_OUT if self._most.text else WITHHELD
-        if name not in self._known:
-            found = self._texts.document(name)
-            self._known[name] = LOST if found is None else len(self._documents)
-            if found is not None:
-                self._documents.append(shorter(found, self._most.document))
-        return self._known[name]
 
 
 def _ticks(values: Floats, tick: float) -> list[int]:

@@ -12,7 +12,14 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
-from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import (
+    FixedFormatter,
+    FixedLocator,
+    LogLocator,
+    NullFormatter,
+    NullLocator,
+    PercentFormatter,
+)
 from matplotlib.transforms import ScaledTranslation
 
 from analysis.numbers import Summary, quantiles
@@ -90,6 +97,7 @@ def draw_cdf(axes: Any, series: Sequence[Series], title: str) -> None:
         points = np.maximum(quantiles(one.values, fractions), least)
         axes.plot(points, 100 * fractions, color=colour, linewidth=1.8, label=plain(one.name, 34))
     axes.set_xscale("log")
+    _plain_log_ticks(axes)
     axes.xaxis.set_major_formatter(lambda value, _: number(value))
     axes.set_ylim(0, 100)
     axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
@@ -160,7 +168,7 @@ def draw_costs(axes: Any, rows: Sequence[UsageRow]) -> None:
     if not order:
         no_data(axes, title)
         return
-    _name_rows(axes, [plain(name or "(none)", 34) for name in order])
+    _name_rows(axes, [plain(name or "no model", 34) for name in order])
     bars = axes.barh(range(len(order)), [values[name] for name in order], color=BLUE, height=0.62)
     texts = [(f"${cost[name]:,.2f}, " if total else "") + f"{short(tokens[name])} tokens" for name in order]
     axes.bar_label(bars, texts, padding=4, fontsize=9)
@@ -399,3 +407,9 @@ def _display_unit(row: TimingRow) -> tuple[float, str]:
 
 def _part(row: GroupRow, name: str) -> int:
     return row.ok - row.correct if name == "wrong" else int(getattr(row, name))
+
+
+def _plain_log_ticks(axes: Any) -> None:
+    """At 1, 2 and 5 of each decade; none between them, which would be formulas in a narrow span."""
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=10))
+    axes.xaxis.set_minor_formatter(NullFormatter())

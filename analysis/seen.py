@@ -1,10 +1,12 @@
-"""What a log tells somebody who watches its run: tasks at work, errors by kind, what is spent, how fast.
+"""What a log tells somebody who watches its run: tasks at work, errors by kind, dollars, rates, limits.
 
 Quick enough to be asked again every few seconds.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +18,7 @@ RECENT_S = 300.0
 CALLS = ("model_call", "retrieval", "code")
 COLUMNS = (
     *("task_id", "trial", "attempt", "t_start", "duration_s", "cost_usd"),
-    *("error_kind", "error", "worker"),
+    *("error_kind", "error", "worker", "model", "endpoint", "detail"),
 )
 
 
@@ -44,6 +46,20 @@ class LastError:
 
 
 @dataclass(frozen=True, slots=True)
+class LimitChange:
+    """The newest change of how many calls a route may have open: from, to, why, when (Unix seconds).
+
+    `old` is None where the limit was set first. `n` counts the changes of the newest segment.
+    """
+
+    old: int | None
+    new: int
+    reason: str
+    at: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
 class Spending:
     """Dollars and calls of the run, and of the last `over_s` seconds; calls are those that go out."""
 
@@ -58,16 +74,18 @@ class Spending:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """The answer of `look`; errors by kind, the newest first."""
+    """The answer of `look`; errors by kind, the newest first; changes of limits by model and endpoint."""
 
     open_tasks: list[OpenTask]
     errors: list[LastError]
     spending: Spending
+    changes: Mapping[tuple[str, str], LimitChange]
 
 
 def look(log: RunLog, now: float, recent_s: float = RECENT_S) -> Seen:
     """What `log`, opened with `COLUMNS`, says at this moment."""
-    return Seen(_open_tasks(log), _last_errors(log), _spending(log, now, recent_s))
+    spending = _spending(log, now, recent_s)
+    return Seen(_open_tasks(log), _last_errors(log), spending, _changes(log))
 
 
 def _open_tasks(log: RunLog) -> list[OpenTask]:
@@ -120,3 +138,18 @@ def _spending(log: RunLog, now: float, recent_s: float) -> Spending:
         recent_errors=int((failed & recent).sum()),
         recent_results=int((log.live & log.kind("result") & (starts > now - recent_s)).sum()),
     )
+
+
+def _changes(log: RunLog) -> dict[tuple[str, str], LimitChange]:
+    if not len(log.epochs):
+        return {}
+    rows = np.flatnonzero(log.kind("limit") & (log.ints("epoch") == log.epochs[-1]))
+    models, endpoints, details = (log.words(name) for name in ("model", "endpoint", "detail"))
+    found: dict[tuple[str, str], LimitChange] = {}
+    for row in rows[np.argsort(log.ints("t_start")[rows], kind="stable")].tolist():
+        route = models.names[models.codes[row]], endpoints.names[endpoints.codes[row]]
+        before = found[route].n if route in found else 0
+        told = json.loads(details.names[details.codes[row]])
+        at = float(log.ints("t_start")[row]) / 1e6
+        found[route] = LimitChange(told["old"], told["new"], told["reason"], at, before + 1)
+    return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 from analysis import seen, summary
 from analysis.log import open_run
-from analysis.seen import LastError, OpenTask, Seen, Spending
+from analysis.seen import LastError, LimitChange, OpenTask, Seen, Spending
 from analysis.summary import RunSummary
 from ray_app import events, object_store, pulse
 from ray_app.errors import EvalError, RunDirError
@@ -103,6 +104,31 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class RouteLimit:
+    """How many calls may be open at a model's endpoint now, as the driver decided, and its last change.
+
+    `all_runs` is the limit that `runs` runs share, None where this is the only one. `open` counts the model's
+    calls that are, None where it has more endpoints than one: calls name none.
+    """
+
+    model: str
+    endpoint: str
+    limit: int
+    all_runs: int | None
+    runs: int
+    open: int | None
+    changed: LimitChange | None
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Dollars that count against `limits.run_cost_usd`, earlier commands included."""
+
+    spent_usd: float
+    limit_usd: float
+
+
+@dataclass(frozen=True, slots=True)
 class RunStatus:
     """What `python -m analysis status` prints; `problems` are why `exit_code` is 1."""
 
@@ -119,6 +145,8 @@ class RunStatus:
     spending: Spending | None
     errors: list[LastError]
     notes: list[str]
+    limits: list[RouteLimit]
+    budget: Budget | None
 
 
 def status_of(
@@ -139,6 +167,8 @@ def status_of(
     figures = next((status.figures for status in told if status.name == DRIVER), {})
     progress = _progress(counted, figures, now, is_driven=is_driven)
     problems = _problems(driver, workers if is_driven else [], calls, progress, stuck_after_s)
+    if imported := counted.facts.get("imported") if counted else None:
+        problems, notes = [], [*notes, f"Imported ({imported}): nothing drives this run, nothing resumes it."]
     return RunStatus(
         run_dir=object_store.place(run_dir),
         state=_state(driver, problems, is_driven, progress),
@@ -152,7 +182,9 @@ def status_of(
         workers=workers,
         spending=found.spending if found else None,
         errors=found.errors if found else [],
-        notes=notes + ([*_refused(figures), *_limits(figures)] if is_driven else []),
+        notes=notes + (_refused(figures) if is_driven else []),
+        limits=_limits(figures, waiting, found.changes if found else {}) if is_driven else [],
+        budget=_budget(figures),
     )
 
 
@@ -163,14 +195,30 @@ def _refused(figures: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _limits(figures: Mapping[str, Any]) -> list[str]:
-    """The most calls that each route may have open now, as the driver decided."""
-    return [_limit(*limit) for limit in figures.get("limits", ())]
+def _limits(
+    figures: Mapping[str, Any], told: Sequence[Status], changes: Mapping[tuple[str, str], LimitChange]
+) -> list[RouteLimit]:
+    routes = figures.get("limits", ())
+    places = Counter(route[0] for route in routes)
+    calls = Counter[str]()
+    for group in (group for status in told for group in status.groups):
+        calls[group.model] += group.n
+    return [
+        RouteLimit(
+            *(model, url, limit),
+            all_runs=shared[0] if shared else None,
+            runs=shared[1] if shared else 1,
+            open=calls[model] if places[model] == 1 else None,
+            changed=changes.get((model, url)),
+        )
+        for model, url, limit, *shared in routes
+    ]
 
 
-def _limit(model: str, url: str, limit: int, all_runs: int = 0, runs: int = 1) -> str:
-    shared = f", of {all_runs} that {runs} runs share" if runs > 1 else ""
-    return f"Limit of {model} at {url}: {limit} calls{shared}"
+def _budget(figures: Mapping[str, Any]) -> Budget | None:
+    if "limit_usd" not in figures:
+        return None
+    return Budget(figures["spent_usd"], figures["limit_usd"])
 
 
 def _check_run(run_dir: Path) -> None:

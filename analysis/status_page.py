@@ -10,7 +10,17 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.seen import Spending
-from analysis.status import COUNTS, InFlight, LongCall, Process, Progress, RunStatus, SlowTask
+from analysis.status import (
+    COUNTS,
+    Budget,
+    InFlight,
+    LongCall,
+    Process,
+    Progress,
+    RouteLimit,
+    RunStatus,
+    SlowTask,
+)
 from analysis.text import DASH, duration, number, percent, plain, usd
 from ray_app.pulse import Call
 
@@ -23,10 +33,14 @@ def page(run: RunStatus) -> RenderableType:
     names = ["for", "since", "call", "task", "turn", "where"]
     parts += _grid("Stuck", names, [_call_row(call) for call in run.calls if call.is_stuck], style="red")
     lines = [_driver_line(run.driver), *_progress_lines(run.progress), *_spending_lines(run.spending)]
+    lines += _budget_lines(run.budget)
     parts += [Text(line) for line in lines]
     parts += [Text(plain(note, 300), style="yellow") for note in run.notes]
     rows = [[_what(group), str(group.n), duration(group.oldest_s)] for group in run.in_flight]
     parts += _grid("In flight", ["call", "n", "oldest"], rows)
+    rows = [_limit_row(route) for route in run.limits]
+    columns = ["model", "endpoint", "most at once", "open", "changed", "from", "why"]
+    parts += _grid("Limits of calls in flight", columns, rows)
     rows = [_task_row(slow) for slow in run.slow_tasks]
     parts += _grid("Slowest tasks", ["for", "task", "turn", "waits for"], rows)
     parts += _grid("Longest calls", names, [_call_row(call) for call in run.calls if not call.is_stuck])
@@ -71,6 +85,27 @@ def _spending_lines(spending: Spending | None) -> list[str]:
         share = percent(spending.recent_errors / spending.recent_calls if spending.recent_calls else None)
         lines.append(f"errors: {number(spending.errors)} calls so far; {recent} {share} of the calls")
     return lines
+
+
+def _budget_lines(budget: Budget | None) -> list[str]:
+    if budget is None:
+        return []
+    share = percent(budget.spent_usd / budget.limit_usd if budget.limit_usd else None)
+    return [f"limits.run_cost_usd: {usd(budget.spent_usd)} of {usd(budget.limit_usd)} spent ({share})"]
+
+
+def _limit_row(route: RouteLimit) -> list[str]:
+    shared = "" if route.all_runs is None else f" of {number(route.all_runs)} ({route.runs} runs)"
+    row = [
+        route.model,
+        route.endpoint,
+        number(route.limit) + shared,
+        DASH if route.open is None else number(route.open),
+    ]
+    change = route.changed
+    if change is None:
+        return [*row, DASH, DASH, DASH]
+    return [*row, _clock(change.at), DASH if change.old is None else number(change.old), change.reason]
 
 
 def _task_row(slow: SlowTask) -> list[str]:

@@ -158,7 +158,7 @@ def _meant(run_dir: Path, asked: str) -> tuple[str, str]:
             raise UserError(f"task {plain(asked)!r} could be {shown}{more}; expected one id or more of it")
     raise UserError(
         f"no task {plain(asked)!r} in {run_dir}; expected an id of this run or its beginning "
-        f"({len(names['task_id'] - {''})} tasks are in its log)"
+        f"(its log has {len(names['task_id'] - {''})} tasks)"
     )
 
 
@@ -223,7 +223,7 @@ def pieces_of(kind: str, role: str, tool: str, body: str) -> list[Piece]:
     try:
         if kind == "model_call":
             return _of_reply(json.loads(body), role, tool)
-        return {"code": _of_run, "result": _of_result}[kind](json.loads(body))
+        return _OF_KIND[kind](json.loads(body))
     except (ValueError, KeyError, TypeError, AttributeError):
         return [Piece("payload", body)]
 
@@ -274,6 +274,51 @@ def _of_run(value: Any) -> list[Piece]:
 
 def _of_result(value: Any) -> list[Piece]:
     verdict = value.get("verdict") or {}
+    if verdict.get("method") == "reward":
+        return _of_reward(json.loads(verdict["reasoning"]))
     words = [("prediction", value.get("prediction", ""))]
     words += [(name, verdict.get(name, "")) for name in ("extracted", "reasoning")]
     return [Piece(name, str(text)) for name, text in words if text]
+
+
+def _of_reward(value: Any) -> list[Piece]:
+    """Why a dialogue ended, and of what parts its reward is the product."""
+    parts = ", ".join(f"{name} {part:g}" for name, part in (value.get("parts") or {}).items())
+    words = [("ended", value.get("reason")), ("reward of", parts), ("note", value.get("note"))]
+    return [Piece(name, str(text)) for name, text in words if text]
+
+
+def _of_tool(value: Any) -> list[Piece]:
+    return [Piece("error" if value["is_error"] else "result", str(value["text"]))]
+
+
+def _of_simulation(value: Any) -> list[Piece]:
+    """What the dialogue came to; its messages are told above."""
+    found = value.get("reward_info") or {}
+    pieces = [Piece("ended", str(value["termination_reason"]))]
+    if found.get("reward") is not None:
+        parts = [f"{name} {part:g}" for name, part in (found.get("reward_breakdown") or {}).items()]
+        of = f", the product of {', '.join(parts)}" if parts else ""
+        pieces.append(Piece("reward", f"{found['reward']:g}{of}"))
+    return pieces + [
+        Piece(name.removesuffix("s").replace("_", " "), _check(check))
+        for name, checks in found.items()
+        for check in (checks if isinstance(checks, list) else [checks])
+        if isinstance(check, dict) and name.removesuffix("s").endswith(("check", "assertion"))
+    ]
+
+
+def _check(value: Mapping[str, Any]) -> str:
+    """Of a check of tau2's: whether it holds, and what it says."""
+    holds = next((value[name] for name in ("met", "action_match", "db_match") if name in value), None)
+    said = {name: told for name, told in value.items() if told not in (None, holds)}
+    words = {True: "met", False: "missed", None: ""}[holds]
+    return f"{words} {json.dumps(said, ensure_ascii=False)}".strip()
+
+
+_OF_KIND: dict[str, Callable[[Any], list[Piece]]] = {
+    "code": _of_run,
+    "result": _of_result,
+    "tool_call": _of_tool,
+    "simulation": _of_simulation,
+}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
+from typing import Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -134,7 +135,7 @@ def overview_rows(run: RunSummary) -> list[tuple[str, str]]:
     """The run in names and values: where its tasks are, how right, how sure, how long, how dear."""
     account, totals = run.accounting, run.totals
     facts = [
-        (name, plain(value, 100))
+        (name, _fact(value))
         for name, value in run.facts.items()
         if value and name not in ("planned", "forecast")
     ]
@@ -150,7 +151,7 @@ def overview_rows(run: RunSummary) -> list[tuple[str, str]]:
         ("calibration", _calibration(run)),
         ("failures", _kinds(run.failures)),
         *([("limits", _kinds(run.limits))] if run.limits else []),
-        ("cost", f"{usd(totals.cost_usd)}, of which counted results {usd(totals.counted_cost_usd)}"),
+        ("cost", _cost(run)),
         *([("cost of a task", _task_cost(run.task_cost))] if totals.cost_usd else []),
         ("tokens", _tokens(run)),
         ("prompts cut", f"{number(totals.cut_prompts)} ({totals.overflows} too long for the endpoint)"),
@@ -179,11 +180,26 @@ def _foretold(found: Sequence[Foretold]) -> Table:
     return table
 
 
+def _cost(run: RunSummary) -> str:
+    totals = run.totals
+    if run.facts.get("imported") and not totals.cost_usd:
+        return f"{DASH} The imported logs tell none."
+    return f"{usd(totals.cost_usd)}, of which counted results {usd(totals.counted_cost_usd)}"
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return plain(", ".join(f"{number(count)} {name}" for name, count in value.items()), 100)
+    return plain(value, 100)
+
+
 def _judged(run: RunSummary) -> str:
     found = run.coverage
     how = [
         f"{count} {name}" for count, name in ((found.by_judge, "by the judge"), (found.exact, "exact match"))
     ]
+    if rest := found.judged - found.by_judge - found.exact - found.empty:
+        how = [part for part in how if not part.startswith("0 ")] + [f"{rest} by reward"]
     how += [f"{found.empty} empty"] if found.empty else []
     return f"{percent(found.share)} of all planned ({found.judged}: {', '.join(how)})"
 

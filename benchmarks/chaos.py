@@ -71,7 +71,7 @@ def pass_over(todo: Sequence[Round], folder: Path) -> None:
             outcome = play(found, one, folder, say)
             put_down(folder, outcome.as_json())
             say(f"seed {one.number}: {'good' if outcome.is_good else 'BAD'} after {outcome.seconds:.0f} s")
-            for name in ("lost", "double", "hung", "wrong", "missed"):
+            for name in ("lost", "double", "hung", "wrong", "broken", "missed"):
                 for line in getattr(outcome, name):
                     say(f"  {name}: {line}")
             if not outcome.is_good:

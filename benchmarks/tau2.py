@@ -7,7 +7,8 @@ own CPU (`tau2_load.py`), on what other processes left of the machine's cores me
 machine stands beside it.
 Where tau2-bench is installed: retail, telecom and airline (278 tasks), and beside it tau2-bench's own
 runner, a domain at a time, as shipped and with its connection cap lifted, each against the ideal of its
-domains one after the other. Where it is not: the built-in service desk, repeated to as many simulations.
+domains one after the other, with the same own CPU in it: what tau2-bench takes beyond that is its own.
+Where it is not: the built-in service desk, repeated to as many simulations.
 """
 
 from __future__ import annotations

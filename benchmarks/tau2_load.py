@@ -1,7 +1,8 @@
 """What the tau2 benchmark runs: each domain's tasks with their gold actions, and the least that they take.
 
 A task's own work is measured alone, in a process that does nothing else: environment, dialogue and reward of
-its gold replay, with a model that answers at once. `python -c "..." main` prints it, task by task.
+its gold replay, with a model that answers at once. With as many processes busy at once as there are cores it
+takes the same, so the ideal has it as it is. `python -c "..." main` prints it, task by task.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,7 +45,7 @@ from ray_app.compaction import Compactor
 from ray_app.config import BaseRun
 from ray_app.dataset import TaskSet
 from ray_app.engine_metrics import EngineMetrics
-from ray_app.errors import ConfigError, EvalError, StorageError, UserError
+from ray_app.errors import ConfigError, EvalError, InfrastructureError, StorageError, UserError
 from ray_app.event_writer import EventWriter
 from ray_app.governor import Governor, Policy
 from ray_app.options import STORAGE_PATIENCE_S, Options
@@ -330,7 +331,7 @@ def _run(job: Job, work: planning.Plan, command: Command, held: lease.Lease) -> 
     # A driver that wakes up must not write the results that it had in hand when it was stopped.
     log = options.writer("driver", guard=held.check)
     try:
-        with closed_at_the_end(log, held):
+        with ray_cluster.watched(partial(_end_without_cluster, log, command)), closed_at_the_end(log, held):
             return asyncio.run(
                 _drive(job, work, make_solver, options, command, log=log, held=held, bounded=bounded)
             )
@@ -338,6 +339,15 @@ def _run(job: Job, work: planning.Plan, command: Command, held: lease.Lease) -> 
         # Where the clock was set back meanwhile, logs of this run are older than its beginning.
         since = min(started, time.time() - (steady.clock_s() - began))
         ray_cluster.keep_service_logs(job.run_dir, since=since)
+
+
+def _end_without_cluster(log: EventWriter, command: Command, line: str) -> None:
+    """Ends this process at once: whatever waits for Ray in it now waits for ever."""
+    with suppress(StorageError):
+        log.sync()
+    report_error(InfrastructureError(line), command.console)
+    sys.stdout.flush()
+    os._exit(1)
 
 
 def _serve(job: Job, command: Command) -> dict[str, str]:

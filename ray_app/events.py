@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 import pyarrow as pa
 
 from ray_app.columns import read_columns
-from ray_app.errors import RunDirError
+from ray_app.errors import RunDirError, StorageError
 from ray_app.records import Event
 from ray_app.table_files import TableFiles, Where, conform, relaxed, snapshot
 
@@ -134,9 +134,13 @@ def connect(run_dir: Path) -> duckdb.DuckDBPyConnection:
     _check_folder(event_files(run_dir).folder)
     connection = duckdb.connect(":memory:")
     texts = payload_files(run_dir), PAYLOAD_SCHEMA.names
-    connection.register("events", _View(EVENT_SCHEMA, lambda: read(run_dir)))
-    connection.register("results", _View(EVENT_SCHEMA, lambda: results(run_dir).to_batches()))
-    connection.register("payloads", _View(PAYLOAD_SCHEMA, lambda: _reader(*texts)))
+    try:
+        connection.register("events", _View(EVENT_SCHEMA, lambda: read(run_dir)))
+        connection.register("results", _View(EVENT_SCHEMA, lambda: results(run_dir).to_batches()))
+        connection.register("payloads", _View(PAYLOAD_SCHEMA, lambda: _reader(*texts)))
+    except duckdb.Error as error:  # which hides what could not be read in its own words
+        connection.close()
+        raise StorageError(str(error).rpartition("StorageError: ")[2]) from None
     return connection
 
 

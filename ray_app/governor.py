@@ -63,6 +63,7 @@ class _Route:
     preemptions: float | None = None
     share: RunShare | None = None
     is_begun: bool = False  # its limit has been in force
+    kept: int | None = None  # the last share, while nothing is heard of the other runs
     told: Decided | None = None
 
     @property
@@ -75,17 +76,22 @@ class _Route:
             return Decided(self.controller.limit, 1, self.controller.reason)
         return Decided(self.share.limit, self.share.runs, self.share.reason)
 
+    @property
+    def had(self) -> int | None:
+        """What a new joint decision is to begin from; None where calls have had no limit yet."""
+        if self.share is None and self.kept is not None:
+            return self.kept
+        return self.limit if self.is_begun else None
+
     def go_alone(self) -> None:
-        """Search from what cannot harm, up to what there was: the others may have been granted more since."""
+        """From the share that it had, and with others there never beyond that: they may have more by now."""
         share, self.share = self.share, None
         if share is None:
             return
-        if share.runs == 1:
-            self.controller = Controller.resumed(self.bounds, share.now, "alone")
-        else:
-            most = max(1, share.now, share.alone)
-            bounds = replace(self.bounds, most=min(self.bounds.most, most))
-            self.controller = Controller.resumed(bounds, share.alone, "alone: nothing heard of other runs")
+        now = max(1, share.now)
+        self.kept = now if share.runs > 1 else None
+        bounds = self.bounds if share.runs == 1 else replace(self.bounds, most=min(self.bounds.most, now))
+        self.controller = Controller.resumed(bounds, now, "alone: no word of other runs")
 
 
 class Governor:
@@ -107,7 +113,7 @@ class Governor:
         self._denials = set[RouteKey]()
         self._routes: dict[RouteKey, _Route] = {}
         self._reports: dict[str, WorkerReport] = {}
-        self._gone_usd = 0.0
+        self.gone_usd: dict[str, float] = {}  # by worker that is gone
         self.stopped_for = ""  # why nothing more may be called, where it is not for want of money
         self._shares: dict[str, dict[RouteKey, Share]] = {}
         self._changes: list[Event] = []
@@ -119,7 +125,7 @@ class Governor:
     def spent_usd(self) -> float:
         """By this run: earlier commands, workers that are gone, and those that live."""
         living = sum(report.spent_usd for report in self._reports.values())
-        return self._policy.spent_before_usd + self._gone_usd + living
+        return self._policy.spent_before_usd + sum(self.gone_usd.values()) + living
 
     @property
     def may_spend(self) -> bool:
@@ -137,15 +143,16 @@ class Governor:
 
     def figures(self) -> dict[str, Any]:
         """For the status, from any thread: the limit of each route, with that of all runs and their number
-        where they are several; the calls that it does not take with what it says; and dollars spent, where
-        they have a limit."""
+        where they are several; the calls that it does not take with what it says; and dollars spent and
+        their limit, where they have one."""
         limits = [
             [*key, route.limit, *((share.limit, share.runs) if share and share.runs > 1 else ())]
             for key, route in list(self._routes.items())
             for share in [route.share]
         ]
-        spent = {} if self._policy.run_cost_usd is None else {"spent_usd": self.spent_usd}
-        return {"limits": limits, "refused": self.refused(), **spent}
+        most_usd = self._policy.run_cost_usd
+        budget = {} if most_usd is None else {"spent_usd": self.spent_usd, "limit_usd": most_usd}
+        return {"limits": limits, "refused": self.refused(), **budget}
 
     def refused(self) -> list[list[Any]]:
         """Model, URL, calls that wait since it took none, and what it said, of each route that has some."""
@@ -171,10 +178,18 @@ class Governor:
                 )
 
     def lose(self, worker: str) -> None:
-        """A worker that is gone has spent what it spent, and wants nothing."""
+        """A worker that is gone has spent what it last said, and wants nothing."""
         gone = self._reports.pop(worker, None)
-        self._gone_usd += gone.spent_usd if gone else 0.0
+        self.gone_usd[worker] = gone.spent_usd if gone else 0.0
         self._shares.pop(worker, None)
+
+    @property
+    def counts_money(self) -> bool:
+        return self._policy.run_cost_usd is not None
+
+    def settle(self, worker: str, spent_usd: float) -> None:
+        """What the log has of a worker that is gone: with the calls that ended after its last report."""
+        self.gone_usd[worker] = max(spent_usd, self.gone_usd.get(worker, 0.0))
 
     def grant(self, worker: str) -> Grant:
         """What `worker` may do until it is heard of again. One that is new starts with an even share, as far
@@ -211,7 +226,7 @@ class Governor:
         """What to tell of each route for the joint limits; each call counts once, here or in `tick`."""
         now = self._clock()
         return {
-            key: RunUse(route.bounds, self._seen(key, route, now), route.limit if route.is_begun else None)
+            key: RunUse(route.bounds, self._seen(key, route, now), route.had)
             for key, route in self._routes.items()
         }
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ray_app.concurrency import Bounds, Controller, Observation
-from ray_app.quotas import alone, held_back, split
+from ray_app.quotas import held_back, split
 from ray_app.slots import RouteKey, Sample
 
 # A run that was not heard of for so long takes part no more, and one that heard nothing goes on alone.
@@ -44,13 +44,9 @@ class RunUse:
 
 
 class RunShare(NamedTuple):
-    """What a run may have open of a route: `now`, and where it hears nothing more (`alone`).
-
-    `limit` is for all `runs` together, `reason` why it is what it is.
-    """
+    """What a run may have open of a route: `now`. `limit` is for all `runs` together, `reason` why."""
 
     now: int
-    alone: int
     limit: int
     runs: int
     reason: str
@@ -126,8 +122,7 @@ class _Route:
 
     def share(self, run: str) -> RunShare:
         limit, runs = self._controller.limit, len(self.uses)
-        safe = self.uses[run].bounds.floor if self.uses[run].bounds.is_fixed else alone(limit, runs)
-        return RunShare(self._shares[run], safe, limit, runs, self._controller.reason)
+        return RunShare(self._shares[run], limit, runs, self._controller.reason)
 
     def _gather(self, now: float) -> None:
         """Each keeps what it had; once all were heard of, that together is where the search goes on."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ray_app import object_store
+from ray_app import object_store, steady
 from ray_app.event_writer import EventWriter
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class Options:
     storage_patience_s: float = STORAGE_PATIENCE_S
     replays: Path | None = None  # the run whose record answers all calls; none goes out then
     url: str = ""  # of the object store that `run_dir` mirrors; other nodes have mirrors of their own
+    began: steady.Beginning = field(default_factory=steady.beginning)  # by which events are stamped
 
     def here(self) -> Options:
         """The same on this node."""

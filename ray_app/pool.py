@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
-from ray_app import pulse
+from ray_app import pulse, route_limits
 from ray_app.checkpoint import CheckpointClient
 from ray_app.errors import ConfigError, InfrastructureError
 from ray_app.governor import Governor
@@ -223,6 +224,7 @@ class WorkerPool:
                 room.set_result(None)
         if is_over:
             await self._dismiss(seat)
+            await self._settle(seat)
 
     async def _dismiss(self, seat: _Seat) -> None:
         """A worker for suspects that has no more of them: flushed, and away."""
@@ -232,6 +234,17 @@ class WorkerPool:
         finally:
             _forget(closing)
             _end(seat)
+
+    async def _settle(self, seat: _Seat) -> None:
+        """Its last report is up to two seconds older than its last call, which is in the log by now."""
+        if not self._governor.counts_money:
+            return
+        prefix = self._options.writer_prefix(seat.name)
+        # What cannot be read stays as it was told: a sum is no reason to end a run. DuckDB has errors of its
+        # own for those of a disk that it meets.
+        with suppress(Exception):
+            spent_usd = await asyncio.to_thread(route_limits.spent_usd, self._options.run_dir, prefix)
+            self._governor.settle(seat.name, spent_usd)
 
     async def _lose(self, seat: _Seat, reason: str, error: Exception | None = None) -> None:
         """Once for each lost worker: end it for sure, replace it, have its tail written, tell its tasks."""
@@ -257,6 +270,7 @@ class WorkerPool:
             raise
         is_suspect = not is_node and "creation task" not in reason
         seat.lost.set_result(WorkerLost(reason, is_suspect=is_suspect, was_alone=len(tasks) == 1))
+        await self._settle(seat)
         if self._deaths_in_a_row >= DEATHS_IN_A_ROW:
             raise InfrastructureError(
                 f"{self._deaths_in_a_row} workers died one after the other without finishing anything, the "

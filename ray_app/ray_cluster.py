@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from ray_app.rundir import PACKAGE
 # Our services and workers wait far more than they compute: more logical cores than real ones.
 MIN_LOGICAL_CPUS = 4
 PROBE_TIMEOUT_S = 3.0
+# Ray ends a driver that has been a minute without the cluster's head, without a word. Tests shorten it.
+LOST_S = float(os.environ.get("TOOLORCH_CLUSTER_LOST_S") or 45.0)
+LOOK_S = 1.0
 MAX_LOG_BYTES = 4 << 20
 MAX_LOG_FILES = 50
 
@@ -68,6 +73,32 @@ def _answers(address: str) -> bool:
             return True
     except (OSError, ValueError):
         return False
+
+
+@contextmanager
+def watched(lost: Callable[[str], None]) -> Iterator[None]:
+    """Calls `lost`, from a thread, with one line once the cluster's head has refused connections for LOST_S.
+
+    Only refusals while this process runs count: one that was stopped for an hour has seen none.
+    """
+    address, over = ray.get_runtime_context().gcs_address, threading.Event()
+
+    def look() -> None:
+        refused = 0
+        while not over.wait(LOOK_S):
+            refused = 0 if _answers(address) else refused + 1
+            if refused * LOOK_S >= LOST_S:
+                lost(
+                    f"the Ray cluster at {address} has not answered for {LOST_S:.0f} s; what was committed "
+                    "is kept: start it again, and the same command goes on"
+                )
+                return
+
+    threading.Thread(target=look, name="cluster-watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def metrics_pages() -> list[str]:

@@ -52,12 +52,15 @@ def _sources(endpoint: Endpoint, served_name: str, ray_pages: Sequence[str]) -> 
     return [] if page is None else [Source(page, served_name)]
 
 
-def spent_usd(run_dir: Path) -> float:
-    """What the calls of this run have cost so far; second opinions are no part of it."""
+def spent_usd(run_dir: Path, writer_prefix: str = "") -> float:
+    """What the calls of this run have cost so far; second opinions are no part of it.
+
+    With a prefix of `Options.writer_prefix`, those of one process, whoever wrote them into the log at last.
+    """
     query = f"""
         select coalesce(sum(cost_usd), 0.0) from events
         where kind in ('model_call', 'retrieval', 'code') and not coalesce(is_replayed, false)
-            and not {events.SECOND_OPINION}
+            and not {events.SECOND_OPINION} and starts_with(event_id, $prefix)
     """
     with events.connect(run_dir) as log:
-        return float(log.execute(query).fetchall()[0][0])
+        return float(log.execute(query, {"prefix": writer_prefix}).fetchall()[0][0])

@@ -1,8 +1,9 @@
 """What a run tells Prometheus, through Ray's own metrics port: the figures of `analysis watch`, by run.
 
 Published by the driver every two seconds while it drives: tasks by state, rate, time to the end, dollars,
-failures by kind, and the calls in flight by stage as the processes of the run last told (`pulse.py`). On an
-object store the latter are as old as the driver's mirror of it.
+failures by kind, the limit of calls in flight of each route, the dollars of the run's budget, and the calls
+in flight by stage as the processes of the run last told (`pulse.py`). On an object store the latter are as
+old as the driver's mirror of it.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ class RunMetrics:
         self._failures = _gauge("failures", "results without a verdict, of this command", "kind")
         self._calls = _gauge("calls_in_flight", "outside calls that have begun and not ended", "stage")
         self._oldest = _gauge("oldest_call_s", "age of the oldest call in flight; 0 without one", "stage")
+        self._limit = _gauge("call_limit", "calls that may be open at once, of a route", "model", "endpoint")
+        self._spent = _gauge("spent_usd", "dollars that count against limits.run_cost_usd")
+        self._budget = _gauge("run_cost_limit_usd", "limits.run_cost_usd")
         self._stop = threading.Event()
         self.publish()
         self._thread = threading.Thread(target=self._tend, name="run-metrics", daemon=True)
@@ -58,7 +62,15 @@ class RunMetrics:
         self._cost.set(figures["cost_usd"], self._run)
         for kind in get_args(ErrorKind):
             self._failures.set(figures["failures"].get(kind, 0), {**self._run, "kind": kind})
+        self._publish_limits(figures)
         self._publish_calls()
+
+    def _publish_limits(self, figures: Mapping[str, Any]) -> None:
+        for model, url, limit, *_ in figures.get("limits", ()):
+            self._limit.set(limit, {**self._run, "model": model, "endpoint": url})
+        if "limit_usd" in figures:
+            self._spent.set(figures["spent_usd"], self._run)
+            self._budget.set(figures["limit_usd"], self._run)
 
     def _publish_calls(self) -> None:
         now = time.time()

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import ray
 
-from ray_app import lease, pulse, waits
+from ray_app import lease, pulse, steady, waits
 from ray_app.allowance import Allowance
 from ray_app.committer import Committer
 from ray_app.errors import EvalError, InfrastructureError, StorageError, kind_of
@@ -70,6 +70,7 @@ class Worker:
     def __init__(self, make_solver: SolverFactory, options: Options, name: str, checkpoint: Any) -> None:
         pulse.raise_file_limit(options.concurrency)
         self._options = options = options.here()
+        steady.agree(options.began)
         node: str = ray.get_runtime_context().get_node_id()
         self._node = node
         self._name = f"{node[:8]}:{os.getpid()}"

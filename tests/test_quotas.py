@@ -4,6 +4,8 @@ import asyncio
 import json
 import random
 
+import pytest
+
 from ray_app.allowance import Allowance, use_of
 from ray_app.concurrency import Bounds
 from ray_app.governor import Governor, Policy
@@ -94,7 +96,11 @@ def test_spending_stops_at_the_limit_and_waits_for_what_is_out() -> None:
     governor.hear("a", WorkerReport("n", spent_usd=0.3))
     governor.hear("b", WorkerReport("n", spent_usd=0.1))
     assert governor.may_spend and governor.grant("a").may_spend
-    governor.lose("b")  # what a dead worker spent stays spent
+    governor.lose("b")  # what a dead worker spent stays spent, what it had not told yet too
+    governor.settle("b", 0.15)
+    assert governor.spent_usd == pytest.approx(0.95) and governor.may_spend
+    governor.settle("b", 0.1)  # of a log that could be read in part only
+    assert governor.gone_usd == {"b": 0.15}
     governor.hear("a", WorkerReport("n", spent_usd=0.4, open_calls=2))
     assert not governor.may_spend and not governor.grant("a").may_spend and not governor.is_spent_out
     governor.hear("a", WorkerReport("n", spent_usd=0.45, open_calls=1, has_stopped=True))

@@ -39,7 +39,7 @@ def series(port: int) -> dict[str, float]:
     found = {}
     for line in lines:
         if match := re.match(r'ray_toolorch_run_(\w+)\{.*run="my-run".*\} (\S+)$', line):
-            tag = re.search(r'(?:state|kind|stage)="(\w+)"', line)
+            tag = re.search(r'(?:state|kind|stage|model)="(\w+)"', line)
             found[match.group(1) + (f" {tag.group(1)}" if tag else "")] = float(match.group(2))
     return found
 
@@ -61,7 +61,8 @@ async def test_tasks_cost_failures_and_calls_are_on_rays_metrics_port(port: int,
     for watch in (told, older):
         watch.begin(Event("code", time.time()))
         watch.beat()
-    meters = RunMetrics(run_dir, 2, followed.figures, every_s=0.1)
+    decided = {"limits": [["gpt", "http://a/v1", 24]], "spent_usd": 1.5, "limit_usd": 6.0}
+    meters = RunMetrics(run_dir, 2, lambda: followed.figures() | decided, every_s=0.1)
     for task in TASKS:
         followed.started(WorkItem(task, 0))
     for outcome, kind in (("ok", None), ("failed", "infrastructure")):
@@ -81,6 +82,7 @@ async def test_tasks_cost_failures_and_calls_are_on_rays_metrics_port(port: int,
     assert found["tasks_per_minute"] > 0 and found["eta_s"] > 0
     assert (found["calls_in_flight expert"], found["calls_in_flight code"]) == (1, 1)
     assert 29 < found["oldest_call_s expert"] < 90
+    assert (found["call_limit gpt"], found["spent_usd"], found["run_cost_limit_usd"]) == (24, 1.5, 6)
     told.end(number)
     told.beat()
     await until(calls_in_flight__expert=0, oldest_call_s__expert=0, calls_in_flight__code=1)

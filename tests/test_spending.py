@@ -47,19 +47,23 @@ def cluster() -> Iterator[None]:
 
 @dataclass
 class PaidSolver:
-    """Asks a model that costs, through slots as a chat client has them; notes how many it had open."""
+    """Asks a model that costs, through slots as a chat client has them; dies once, in task 20."""
 
     folder: Path
     key: RouteKey
 
     def __post_init__(self) -> None:
         self._slots = Slots()
+        self._died = self.folder / "killed"
 
     def slots(self) -> Mapping[RouteKey, Slots]:
         return {self.key: self._slots}
 
     async def solve(self, task: Task, journal: Journal) -> Solved:
         for number in range(CALLS):
+            if (self.key, task.task_id, number) == (KEY, "task/20", 2) and not self._died.exists():
+                self._died.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
             await journal.call(CHAT, {"model": self.key.model, "number": number}, self._ask)
         return Solved(task.answer, Verdict(True, "exact"))
 
@@ -131,13 +135,17 @@ async def test_a_run_stops_at_its_spending_limit_and_goes_on_with_a_higher_one(
     # The same limit starts nothing; a higher one completes the run, and pays for no call again.
     again, _ = await drive(run_dir, limit_usd=0.2)
     assert again.pending == tally.pending and abs(route_limits.spent_usd(run_dir) - spent) < 1e-9
-    tally, _ = await drive(run_dir, limit_usd=10.0)
+    tally, governor = await drive(run_dir, limit_usd=10.0)
     assert tally.counts["ok"] == len(TASKS) and tally.pending == 0
     with events.connect(run_dir) as log:
         calls = log.execute(PAID).fetchall()
         limits = log.execute("select model, endpoint, detail from events where kind = 'limit'").fetchall()
     assert Counter(Counter(calls).values()) == {1: len(TASKS) * CALLS}
     assert abs(route_limits.spent_usd(run_dir) - whole) < 1e-9
+    # Of the worker that was killed meanwhile, the calls that it had no time to report are counted too.
+    assert (run_dir / "killed").exists()
+    logged = {name: route_limits.spent_usd(run_dir, f"e0003-{name}-") for name in governor.gone_usd}
+    assert governor.gone_usd == pytest.approx(logged) and max(logged.values()) > 0
     assert {(model, url, json.loads(detail)["new"]) for model, url, detail in limits} == {(*KEY, MOST_OPEN)}
 
 

@@ -1,5 +1,6 @@
 // The tasks' own rows and texts: packed in parts, unpacked when they are asked for.
-const FIRST = D.parts.reduce((starts, tasks) => [...starts, starts.at(-1) + tasks], [0]);
+const startsOf = (sizes) => sizes.reduce((starts, size) => [...starts, starts.at(-1) + size], [0]);
+const FIRST = startsOf(D.parts), TOLD = startsOf(D.told), SHELVED = startsOf(D.shelves);
 const TICK_S = 1e-4, TICK_USD = 1e-7;
 const word = (code) => D.words[code] || "";
 const whole = document.readyState === "loading" ? new Promise((done) => document.addEventListener("DOMContentLoaded", done)) : Promise.resolve();
@@ -13,9 +14,9 @@ function bytesOf(base64) {
 
 async function unpacked(kind, part) {
   if (!byId(`${kind}-${part}`)) await whole;
-  const bytes = bytesOf(byId(`${kind}-${part}`).textContent);
-  if (kind === "texts" && D.packing === "bzip2") return bunzip2(bytes);
-  const stream = new Blob([bytes]).stream();
+  const body = byId(`${kind}-${part}`).textContent;
+  if (D.packing === "lzma") return dense(body);
+  const stream = new Blob([bytesOf(body)]).stream();
   return new Response(stream.pipeThrough(new DecompressionStream("deflate"))).text();
 }
 
@@ -28,11 +29,12 @@ function remembered(key, make) {
   return recent.get(key);
 }
 
-function partOf(task) {
-  let low = 0, high = D.parts.length - 1;
+// Which of the stretches, that begin at `first`, a place is in.
+function within(first, place) {
+  let low = 0, high = first.length - 2;
   while (low < high) {
     const middle = (low + high + 1) >> 1;
-    if (FIRST[middle] <= task) low = middle; else high = middle - 1;
+    if (first[middle] <= place) low = middle; else high = middle - 1;
   }
   return low;
 }
@@ -41,14 +43,14 @@ const said = (value, tick = 1) => (value < 0 ? null : value * tick);
 
 // A task's rows in the order of telling, each with its texts and what it found.
 async function rowsOf(task) {
-  const part = partOf(task), place = task - FIRST[part];
+  const part = within(FIRST, task), place = task - FIRST[part], block = within(TOLD, task);
   const [columns, lines] = await Promise.all([
     remembered(`figures-${part}`, async () => withTimes(JSON.parse(await unpacked("figures", part)))),
-    remembered(`texts-${part}`, async () => (await unpacked("texts", part)).split("\n")),
+    remembered(`texts-${block}`, async () => (await unpacked("texts", block)).split("\n")),
   ]);
   const start = columns.count.slice(0, place).reduce((sum, one) => sum + one, 0);
   const rows = Array.from({ length: columns.count[place] }, (_, at) => rowAt(columns, start + at));
-  const asked = [], flat = JSON.parse(lines[place]);
+  const asked = [], flat = JSON.parse(lines[task - TOLD[block]]);
   for (let at = 0; at < flat.length; at += 4) {
     const piece = { name: D.pieces[flat[at + 1]], text: flat[at + 2], left: flat[at + 3] };
     (flat[at] < 0 ? asked : rows[flat[at]].pieces).push(piece);
@@ -58,7 +60,7 @@ async function rowsOf(task) {
     const row = rows[of[at] - start];
     if (row) row.found.push({ source: word(source[at]), document: document_[at], score: score[at] / 1000, text: text_[at] });
   }
-  return { part, rows, asked };
+  return { rows, asked };
 }
 
 function withTimes(columns) {
@@ -80,15 +82,16 @@ function rowAt(c, at) {
   };
 }
 
-async function documentAt(part, place) {
+async function documentAt(place) {
   if (place < 0) return { text: "", left: 0, absent: { "-1": "text withheld", "-2": "its text is not in the log", "-3": "left out" }[place] };
-  const flat = await remembered(`documents-${part}`, async () => JSON.parse(await unpacked("documents", part)));
-  return { text: flat[2 * place], left: flat[2 * place + 1] };
+  const shelf = within(SHELVED, place), at = place - SHELVED[shelf];
+  const flat = await remembered(`documents-${shelf}`, async () => JSON.parse(await unpacked("documents", shelf)));
+  return { text: flat[2 * at], left: flat[2 * at + 1] };
 }
 
-// The texts of a part, a line a task, as a search reads them.
+// The texts of a block, a line a task, as a search reads them.
 const lowered = new Map();
-async function searchable(part) {
-  if (!lowered.has(part)) lowered.set(part, unpacked("texts", part).then((lines) => lines.toLowerCase().split("\n")));
-  return lowered.get(part);
+async function searchable(block) {
+  if (!lowered.has(block)) lowered.set(block, unpacked("texts", block).then((lines) => lines.toLowerCase().split("\n")));
+  return lowered.get(block);
 }

@@ -20,7 +20,7 @@ function usd(value) {
 
 function span(seconds) {
   if (seconds === null || seconds === undefined) return DASH;
-  if (seconds < 60) return `${short(seconds)} s`;
+  if (seconds < 60) return `${short(Math.round(1000 * seconds) / 1000)} s`; // what is below is the clock's own
   const whole = Math.round(seconds), hours = Math.floor(whole / 3600), minutes = Math.floor(whole / 60) % 60;
   return hours ? `${hours} h ${minutes} min` : `${minutes} min ${whole % 60} s`;
 }

@@ -16,7 +16,7 @@ const HEADS = [
 const ABOUT = T.id.map((id, task) => [id, STATES[task], ...[T.category, T.type, T.error, T.method].map((column) => word(column[task])),
   ...[...T.tools[task], ...T.models[task]].map(word)].join("\n").toLowerCase());
 const FILTERS = [
-  ["state", (task) => [STATES[task]]], ["category", (task) => [word(T.category[task])]], ["tool", (task) => T.tools[task].map(word)],
+  ["trial", (task) => [String(T.trial[task])]], ["state", (task) => [STATES[task]]], ["category", (task) => [word(T.category[task])]], ["tool", (task) => T.tools[task].map(word)],
   ["model", (task) => T.models[task].map(word)], ["error", (task) => [word(T.error[task])]], ["answer type", (task) => [word(T.type[task])]],
 ];
 const view = { words: "", chosen: {}, sort: 0, down: false, order: T.id.map((_, task) => task), selected: 0, top: 0, search: 0, matched: null };
@@ -50,15 +50,15 @@ async function search(typed) {
   view.matched = new Set(T.id.map((_, task) => task).filter((task) => words.every((one) => ABOUT[task].includes(one))));
   arrange();
   let told = performance.now();
-  for (let part = 0; part < D.parts.length && !D.withheld; part++) {
-    const lines = await searchable(part);
+  for (let block = 0; block < D.told.length && !D.withheld; block++) {
+    const lines = await searchable(block);
     if (run !== view.search) return undefined;
     lines.forEach((line, place) => {
-      const task = FIRST[part] + place;
+      const task = TOLD[block] + place;
       if (words.every((one, at) => line.includes(escaped[at]) || ABOUT[task].includes(one))) view.matched.add(task);
     });
     if (performance.now() - told > 80) {
-      tell(`searching the texts, ${percent(part / D.parts.length, 0)}`);
+      tell(`searching the texts, ${percent(block / D.told.length, 0)}`);
       arrange();
       await new Promise((done) => setTimeout(done));
       if (run !== view.search) return undefined;

@@ -1,7 +1,9 @@
 // What all parts of the page share. Texts of a run become text nodes and nothing else: `node` is the only maker of
 // elements, and no markup is ever parsed.
 const D = JSON.parse(document.getElementById("data").textContent);
-const F = D.figures, T = D.tasks, COUNT = T.id.length;
+const dense = (letters) => new TextDecoder().decode(unlzma(unlettered(letters)));
+const T = typeof D.tasks === "string" ? JSON.parse(dense(D.tasks)) : D.tasks;
+const F = D.figures, COUNT = T.id.length;
 const byId = (id) => document.getElementById(id);
 
 function node(name, options = {}, ...children) {

@@ -3,12 +3,12 @@ const STAGE = (row) => row.kind === "model_call" ? (F.stages.includes(row.role) 
 const QUIET = new Set(["attempt", "turn"]);
 
 async function storyPage(task) {
-  const { part, rows, asked } = await rowsOf(task);
+  const { rows, asked } = await rowsOf(task);
   const words = wordsOf(view.words);
   return [
     ...headOf(task), ...asked.map((piece) => pieceNode(piece, task, words, "asked")),
     !asked.length && D.note ? node("p", { class: "dim" }, D.note) : null,
-    ...groups(rows, (row) => `${row.trial}/${row.epoch}/${row.attempt}`).map((own) => attemptNode(own, task, part, words)),
+    ...groups(rows, (row) => `${row.trial}/${row.epoch}/${row.attempt}`).map((own) => attemptNode(own, task, words)),
   ].filter(Boolean);
 }
 
@@ -40,15 +40,15 @@ function groups(rows, key) {
   return found.map((group) => group.rows);
 }
 
-function attemptNode(rows, task, part, words) {
+function attemptNode(rows, task, words) {
   const first = rows[0], zero = first.at;
   const turns = groups(rows, (row) => (row.kind === "result" ? -1 : row.turn));
   return node("section", {},
     node("h3", {}, `Trial ${first.trial}, attempt ${first.attempt}, epoch ${first.epoch}: ${clock(zero)} UTC`, first.worker ? node("span", { class: "dim" }, `  worker ${plain(first.worker)}`) : null),
-    waterfall(turns, zero), turns.map((own) => turnNode(own, zero, task, part, words)));
+    waterfall(turns, zero), turns.map((own) => turnNode(own, zero, task, words)));
 }
 
-function turnNode(rows, zero, task, part, words) {
+function turnNode(rows, zero, task, words) {
   const number = rows[0].kind === "result" ? -1 : rows[0].turn, turn = rows.find((row) => row.kind === "turn");
   const steps = rows.filter((row) => !QUIET.has(row.kind)), tool = rows.find((row) => row.kind === "tool_call");
   const name = number >= 0 ? `Turn ${number}` : rows.some((row) => row.kind === "result") ? "Result" : "Before the first turn";
@@ -58,12 +58,18 @@ function turnNode(rows, zero, task, part, words) {
   return node("details", { class: "turn", open: true },
     node("summary", {}, node("h4", {}, name), node("span", { class: "dim" }, plain(hint.filter(Boolean).join("  \u00b7  "))), invalid ? node("span", { class: "bad" }, ` ${turn.status.toUpperCase()}`) : null),
     turn ? turn.pieces.map((piece) => pieceNode(piece, task, words)) : null,
-    steps.map((row) => stepNode(row, zero, task, part, words)));
+    steps.map((row) => stepNode(row, zero, task, words)));
 }
 
-function stepNode(row, zero, task, part, words) {
+// In a dialogue: who speaks to whom. An agent's turn may be an expert's.
+function speaks(row) {
+  const isUser = row.role === "user", who = isUser ? "user" : row.role === "orchestrator" ? "agent" : `agent (${row.role})`;
+  return `${who} \u2192 ${row.pieces.some((piece) => piece.name === "chose") ? "tools" : isUser ? "agent" : "user"}`;
+}
+
+function stepNode(row, zero, task, words) {
   const opinion = row.kind === "verdict" && row.role === "judge";
-  const name = opinion ? "second opinion" : row.role || (row.kind === "tool_call" ? row.tool : row.kind);
+  const name = opinion ? "second opinion" : D.is_dialogue && row.kind === "model_call" ? speaks(row) : row.role || (row.kind === "tool_call" ? row.tool : row.kind);
   const stages = ["queue", "prefill", "decode"].filter((stage) => row[stage] !== null).map((stage) => `${stage} ${span(row[stage])}`);
   const bits = [
     row.alias, row.model, row.endpoint && `at ${row.endpoint}`, span(row.took) + (stages.length ? ` (${stages.join(", ")})` : ""),
@@ -76,10 +82,10 @@ function stepNode(row, zero, task, part, words) {
     node("div", { class: "step-line" }, node("span", { class: "dim" }, `+${(row.at - zero).toFixed(2)} s`), node("b", {}, plain(name)), bits.map((bit) => node("span", {}, plain(bit))),
       row.right === null ? null : node("span", { class: row.right ? "good" : "bad" }, row.right ? "right" : "wrong"),
       bad ? node("span", { class: "bad" }, plain(`${row.status}${row.errorKind ? `: ${row.errorKind}` : ""}`)) : null, row.replayed ? node("span", { class: "warn" }, "served again") : null),
-    row.pieces.map((piece) => pieceNode(piece, task, words)), row.found.length ? hitsNode(row, task, part, words) : null);
+    row.pieces.map((piece) => pieceNode(piece, task, words)), row.found.length ? hitsNode(row, task, words) : null);
 }
 
-function hitsNode(row, task, part, words) {
+function hitsNode(row, task, words) {
   const made = node("details", { class: "hits" }, node("summary", {}, `${grouped(row.found.length)} documents found`));
   if (!D.withheld && !D.document_bytes) made.append(node("div", { class: "cut" }, "Texts of documents are left out of this page: ", node("code", {}, plain(showCommand(task)))));
   made.addEventListener("toggle", async () => {
@@ -87,7 +93,7 @@ function hitsNode(row, task, part, words) {
     made.dataset.filled = "yes";
     for (const [at, hit] of row.found.entries()) {
       const label = `hit ${at + 1} (${hit.source}, document ${hit.document}, ${hit.score.toFixed(3)})`;
-      made.append(pieceNode({ ...(await documentAt(part, hit.text)), name: label }, task, words));
+      made.append(pieceNode({ ...(await documentAt(hit.text)), name: label }, task, words));
     }
   });
   return made;

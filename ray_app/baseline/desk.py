@@ -20,6 +20,9 @@ CLAUSE = re.compile(r"[.,;!?]\s+| and ")
 ASK_EMAIL = "What is your work e-mail address?"
 NOT_POSSIBLE = "I am sorry, this is not possible"
 DONE = "Done."
+# Of one who works alone: the prompt's part, and the tool by which it ends.
+TICKET = re.compile(r"<ticket>\n(.*?)\n</ticket>", re.DOTALL)
+END = "done"
 # What people write where a tool says something else.
 MEANINGS = {
     "unlock": ("unlock", "locked"),
@@ -47,9 +50,26 @@ class Move(NamedTuple):
 
 
 def agent(request: Mapping[str, Any]) -> Move:
-    """The agent's next message: identify, look up, act, instruct, report."""
+    """The agent's next message: identify, look up, act, instruct, report; one that is alone only acts."""
+    ticket = TICKET.search(str(request["messages"][0]["content"]))
+    if ticket is None:
+        return _turn(request, " ".join(_texts(request["messages"], "user")))
+    move = _turn(request, ticket[1])
+    return move if move.tool else _alone(request, ticket[1])
+
+
+def _alone(request: Mapping[str, Any], told: str) -> Move:
+    """What a user would be asked to do at the laptop; then the end."""
+    tools, done = _functions(request), [name for name, _ in _calls(request["messages"])]
+    for step in _steps(told):
+        name = next((name for name in tools if _asks_for(step, name)), END)
+        if name not in done:
+            return Move(tool=name)
+    return Move(tool=END)
+
+
+def _turn(request: Mapping[str, Any], told: str) -> Move:
     messages, tools = request["messages"], _functions(request)
-    told = " ".join(_texts(messages, "user"))
     email = EMAIL.search(told)
     if email is None:
         return Move(ASK_EMAIL)
@@ -122,7 +142,7 @@ def _next_step(
     done: Sequence[tuple[str, Any]],
 ) -> Move | None:
     """What the user is asked to do next at the laptop; None where nothing is left, or nothing was needed."""
-    steps = next((steps for word, steps in STEPS.items() if word in told.lower()), ())
+    steps = _steps(told)
     if not steps or "is connected" in told:
         return None
     renewal = "renew_vpn_profile", {"employee_id": facts.get("employee_id")}
@@ -130,6 +150,16 @@ def _next_step(
         return Move(tool=renewal[0], arguments=renewal[1])
     said = _texts(messages, "assistant")
     return next((Move(step) for step in steps if step not in said), None)
+
+
+def _steps(told: str) -> Sequence[str]:
+    return next((steps for word, steps in STEPS.items() if word in told.lower()), ())
+
+
+def _asks_for(heard: str, name: str) -> bool:
+    """Whether the tool's whole name is in a request."""
+    words = {stem(word) for word in WORD.findall(heard.lower())}
+    return heard.startswith("Please") and {stem(word) for word in name.split("_")} <= words
 
 
 def _to_a_person(tools: Mapping[str, Any], done: Sequence[tuple[str, Any]]) -> Move:
@@ -166,9 +196,8 @@ def user(request: Mapping[str, Any]) -> Move:
         return Move(f"My e-mail address is {email[0]}." if email else "###OUT-OF-SCOPE###")
     if "person takes over" in heard:
         return Move("###TRANSFER###")
-    words = {stem(word) for word in WORD.findall(heard.lower())}
     for name in _functions(request):
-        if heard.startswith("Please") and {stem(word) for word in name.split("_")} <= words:
+        if _asks_for(heard, name):
             return Move(tool=name)
     return Move("###STOP###")
 

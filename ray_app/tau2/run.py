@@ -28,6 +28,7 @@ from ray_app.ordering import NOTHING_ASKED, Asked
 from ray_app.prompting import Prompts, load_prompts
 from ray_app.recording import Nothing, Recording, without_time
 from ray_app.records import Task, Verdict, digest
+from ray_app.slots import RouteKey, Slots
 from ray_app.tau2 import upstream
 from ray_app.tau2.config import Tau2Config, trial_seed
 from ray_app.tau2.domain import Domain, Environment, prepare
@@ -59,7 +60,7 @@ class Tau2Job(Job):
         config = self.config
         return {
             "domains": ", ".join(config.domains),
-            "tasks_by_domain": dict(Counter(task.category for task in self.tasks)),
+            "tasks_by_domain": dict(self._counts()),
             "split": config.split,
             "user": config.user.model,
             "experts": ", ".join(f"{name} ({each.model})" for name, each in config.experts.items()),
@@ -76,10 +77,12 @@ class Tau2Job(Job):
         return label + (", with experts" if self.config.experts else "")
 
     def plan_line(self) -> str:
-        counts = [
-            f"{name} {sum(task.category == name for task in self.tasks)}" for name in self.config.domains
-        ]
-        return f"Domains: {', '.join(counts)} (split {self.config.split})"
+        counts = ", ".join(f"{name} {self._counts()[name]}" for name in self.config.domains)
+        steps = f"{self.config.concurrency} in flight, {self.config.limits.max_steps} steps at most"
+        return f"Domains: {counts} (split {self.config.split}); {steps}"
+
+    def _counts(self) -> Counter[str]:
+        return Counter(task.category for task in self.tasks)
 
 
 def read_job(config: Tau2Config, run_dir: Path | None, asked: Asked = NOTHING_ASKED) -> Tau2Job:
@@ -305,6 +308,10 @@ class Tau2Solver:
             detail=verdict.reasoning,
         )
         return verdict
+
+    def slots(self) -> Mapping[RouteKey, Slots]:
+        """Of each route, where the client has bounds."""
+        return getattr(self.client, "slots", {})
 
     async def close(self) -> None:
         if isinstance(self.client, Router):

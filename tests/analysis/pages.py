@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import random
@@ -9,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from analysis.page_parts import unpacked
+from analysis.page_parts import Packing, unpacked
 from ray_app.event_writer import EventWriter
 from ray_app.journal import CHAT, CODE, RETRIEVAL
 from ray_app.records import ChatReply, ExecutionResult, Hit, Retrieval, ToolCall, Usage
@@ -108,8 +109,17 @@ def with_questions(run_dir: Path, dataset: Path) -> None:
     (run_dir / "provenance.json").write_text(json.dumps({"dataset_sha256": digest}))
 
 
+def markup_of(page: Path) -> str:
+    body = page.read_bytes()
+    return body.decode("utf-16" if body.startswith(codecs.BOM_UTF16) else "utf-8")
+
+
+def packing_of(markup: str) -> Packing:
+    return "lzma" if '"packing":"lzma"' in markup else "deflate"
+
+
 def contents(page: Path) -> tuple[str, list[str]]:
     """The markup of a page as it stands, and everything that is packed in it."""
-    markup = page.read_text()
+    markup = markup_of(page)
     packed = re.findall(r'<script type="text/plain" id="[a-z]+-\d+">([^<]*)</script>', markup)
-    return markup, [unpacked(body.encode()) for body in packed]
+    return markup, [unpacked(body, packing_of(markup)) for body in packed]

@@ -54,3 +54,16 @@ def test_a_run_with_hardly_anything_is_told_in_words(
     assert isinstance(outcome.exception, SystemExit | None), outcome.exc_info
     assert outcome.exit_code == (2 if command.startswith("show") and name != "one event" else 0)
     assert outcome.output.strip() and "nan" not in outcome.output.lower()
+
+
+def test_a_file_of_the_log_that_is_damaged_is_named_by_every_command(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", [event("attempt", task="a")])
+    (path,) = (run_dir / "log").glob("*.parquet")
+    path.write_bytes(path.read_bytes()[:-40])
+    places = {"RUN": str(run_dir), "OUT": str(tmp_path / "out"), "PAGE": str(tmp_path / "page.html")}
+    for command in ({**COMMANDS, "summary": ("summary", "RUN")}).values():
+        outcome = CliRunner().invoke(app, [places.get(word, word) for word in command])
+        assert isinstance(outcome.exception, SystemExit | None), command
+        assert outcome.exit_code == (command[0] != "watch") and f"cannot read {path}" in outcome.output, (
+            command
+        )

@@ -11,12 +11,15 @@ import pytest
 from analysis.gated import gated_reason
 from analysis.log import open_run
 from analysis.page import COLUMNS_READ, write_page
-from analysis.page_parts import LEAST_DOCUMENT, LEAST_TEXT, Packed, pack, plan, unpacked
+from analysis.page_parts import LEAST_DOCUMENT, LEAST_TEXT, Packed, lettered, pack, plan, unlettered, unpacked
 from analysis.page_tasks import Most, Vocabulary, parts_of, tasks_of
 from analysis.page_texts import CUT_BYTES, Texts, cut
 from analysis.questions import Questions
 from analysis.story import story_of
 from ray_app.errors import RunDirError
+from ray_app.event_writer import EventWriter
+from ray_app.journal import RETRIEVAL
+from ray_app.records import Hit, Retrieval
 from tests.analysis.pages import (
     HARM,
     HARMED_ID,
@@ -29,6 +32,7 @@ from tests.analysis.pages import (
     write_hostile,
     write_noise,
 )
+from tests.analysis.runs import Teller
 
 
 @pytest.fixture(scope="module")
@@ -114,23 +118,48 @@ def test_what_does_not_fit_is_cut_further_documents_first_and_figures_never(
 
         def packed(most_bytes: int) -> Packed:
             most = plan(texts, tasks, most_bytes) if is_planned else Most()
-            found = pack(parts_of(tasks, words, texts, Questions(), most), texts, most, most_bytes)
+            parts = parts_of(tasks, words, texts, Questions(), most)
+            found = pack(parts, "[]", texts, most, most_bytes)
             assert found.size <= most_bytes and found.tasks == [50]
             return found
 
-        whole, some, hardly = packed(10**6), packed(65_000), packed(25_000)
+        whole, some, hardly = packed(10**6), packed(55_000), packed(21_000)
     assert whole.most == Most(CUT_BYTES, CUT_BYTES) == Most()
     assert some.most.text == CUT_BYTES and LEAST_DOCUMENT <= some.most.document < CUT_BYTES
     assert LEAST_TEXT < hardly.most.text < CUT_BYTES and hardly.most.document == 0
-    assert whole.figures == some.figures and some.size > 45_000 and hardly.size > 17_000
-    assert (
-        json.loads(unpacked(hardly.figures[0]))["prompt_tokens"]
-        == json.loads(unpacked(whole.figures[0]))["prompt_tokens"]
-    )
+    assert whole.packing == "deflate" and some.packing == hardly.packing == "lzma"
+    assert some.size > 40_000 and hardly.size > 14_000
+    figures = [unpacked(found.figures[0], found.packing) for found in (whole, some, hardly)]
+    assert figures[0] == figures[1] and '"prompt_tokens"' in figures[2]
+    assert json.loads(figures[2])["prompt_tokens"] == json.loads(figures[0])["prompt_tokens"]
     for found, most in ((whole, CUT_BYTES), (hardly, hardly.most.text)):
         flat = json.loads(unpacked(found.texts[0], found.packing).splitlines()[0])
         (place,) = (at for at in range(0, len(flat), 4) if words.pieces[flat[at + 1]] == "reply")
         assert len(flat[place + 2]) == most and len(flat[place + 2]) + flat[place + 3] == NOISE_CHARS
+
+
+def test_a_document_found_by_many_tasks_stands_in_the_page_once(tmp_path: Path) -> None:
+    log = EventWriter(tmp_path / "run", "w")
+    for number in range(120):  # three parts
+        tell = Teller(log, f"task-{number}")
+        hits = Hit(7, "found again and again", 0.5), Hit(number, f"of task {number} alone", 0.25)
+        tell.call(RETRIEVAL, Retrieval(hits), number, turn=0, tool="search")
+    log.close()
+    markup, packed = contents(write_page(tmp_path / "run", tmp_path / "page.html", redact=False).path)
+    data = json.loads(markup.partition('id="data">')[2].partition("</script>")[0])
+    shelf = json.loads(packed[-1])
+    assert data["shelves"] == [121] and len(data["parts"]) == 3
+    assert shelf[::2].count("found again and again") == 1 and shelf[-2] == "of task 119 alone"
+    places = [place for part in packed[:3] for place in json.loads(part)["hits"][4]]
+    assert places[::2] == [0] * 120 and sorted(places[1::2]) == list(range(1, 121))
+
+
+@pytest.mark.parametrize("size", [*range(17), 1000])
+def test_letters_give_back_every_byte(size: int) -> None:
+    body = np.random.default_rng(size).bytes(size)
+    letters = lettered(body)
+    assert unlettered(letters) == body and len(letters) == 1 + -(-8 * size // 15)
+    assert all("\u3400" <= letter < "\ub400" for letter in letters)
 
 
 def test_a_file_that_cannot_be_written_is_one_sentence(gated: Path, tmp_path: Path) -> None:

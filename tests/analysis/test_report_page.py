@@ -186,9 +186,9 @@ def test_a_run_with_hardly_anything_is_a_sentence(opened: Open, tmp_path: Path) 
 
 
 def test_a_run_of_2500_tasks_is_small_and_soon_there(opened: Open, tmp_path: Path) -> None:
-    run = make_run(events=50_000, tasks=2500)
+    run = make_run(events=25_000, tasks=2500)
     write_finished(run, tmp_path / "run")
-    write_texts(run, tmp_path / "run", documents=3000)
+    write_texts(run, tmp_path / "run", documents=1000)
     path = write_page(tmp_path / "run", tmp_path / "page.html", redact=False).path
     assert path.stat().st_size < 20e6
     started = time.monotonic()

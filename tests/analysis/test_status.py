@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -51,9 +52,14 @@ def waits(watch: Pulse, since: float, **columns: Any) -> int:
 
 def test_a_run_at_work_is_running(tmp_path: Path) -> None:
     rows = [run_start(3), result("a", "ok", True), result("b", "failed", error_kind="model")]
+    for at, (old, new, why) in enumerate([(None, 64, "start"), (64, 24, "refused")]):
+        detail = json.dumps({"old": old, "new": new, "reason": why})
+        rows.append(event("limit", float(at), model="gpt", endpoint="http://a/v1", detail=detail))
     write_run(tmp_path, rows)
     with driven(tmp_path):
-        driver = told(tmp_path, "driver", figures=lambda: FIGURES | {"per_min": 2.0, "last_commit": 1.0})
+        decided = {"limits": [["gpt", "http://a/v1", 24], ["qwen", "http://b/v1", 8, 32, 3]]}
+        figures = FIGURES | decided | {"per_min": 2.0, "last_commit": 1.0, "spent_usd": 1.5, "limit_usd": 6.0}
+        driver = told(tmp_path, "driver", figures=lambda: figures)
         worker = told(tmp_path)
         number = waits(worker, time.time())
         run = status_of(tmp_path)
@@ -69,6 +75,15 @@ def test_a_run_at_work_is_running(tmp_path: Path) -> None:
         assert [(process.name, process.life, process.in_flight) for process in run.workers] == [
             ("w001", "alive", 1)
         ]
+        limits = [(route.model, route.limit, route.open, route.changed) for route in run.limits]
+        assert limits[1] == ("qwen", 8, 0, None) and limits[0][:3] == ("gpt", 24, 1)
+        changed = limits[0][3]
+        assert changed is not None
+        assert (changed.old, changed.new, changed.reason, changed.n) == (64, 24, "refused", 2)
+        page = CliRunner().invoke(app, ["watch", "--once", str(tmp_path)], env={"COLUMNS": "160"}).stdout
+        assert "limits.run_cost_usd: $1.50 of $6.00 spent (25.0%)" in page
+        assert re.search(r"qwen +http://b/v1 +8 of 32 \(3 runs\) +0", page)
+        assert re.search(r"gpt +http://a/v1 +24 +1 +\S+ \S+ +64 +refused", page)
         worker.end(number)
         worker.close()
         driver.close()
@@ -266,3 +281,10 @@ def kill_after_start(code: str, run_dir: Path) -> None:
     with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "up\n"
         other.kill()
+
+
+def test_an_imported_run_is_not_said_to_be_resumable(tmp_path: Path) -> None:
+    write_run(tmp_path, [run_start(2, imported="hle.log"), result("a", "ok", True)])
+    run = status_of(tmp_path)
+    assert (run.state, run.exit_code, run.problems) == ("ended", 0, [])
+    assert any("Imported (hle.log)" in note for note in run.notes)

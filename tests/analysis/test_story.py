@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from analysis.story import story_of
+from analysis.story import pieces_of, story_of
 from analysis.story_page import story_lines
 from ray_app.errors import UserError
 from ray_app.event_writer import EventWriter
@@ -123,5 +123,31 @@ def test_a_payload_that_is_lost_or_torn_is_no_error(tmp_path: Path) -> None:
     log.close()
     first, second = story_of(tmp_path, "a").attempts[0].turns[0].steps
     assert [piece.name for piece in first.pieces] == ["payload"] and second.pieces == ()
-    with pytest.raises(UserError, match="0 tasks are in its log"):
+    with pytest.raises(UserError, match="its log has 0 tasks"):
         story_of(write_run(tmp_path / "empty", []), "a")
+
+
+def test_a_dialogue_tells_what_its_tools_gave_how_it_ended_and_what_its_reward_is_made_of() -> None:
+    def told(kind: str, value: Any) -> dict[str, str]:
+        return {piece.name: piece.text for piece in pieces_of(kind, "", "find", json.dumps(value))}
+
+    assert told("tool_call", {"text": "Wi-Fi is on.", "is_error": False}) == {"result": "Wi-Fi is on."}
+    assert told("tool_call", {"text": "No such seat", "is_error": True}) == {"error": "No such seat"}
+    reward = {
+        **{"reward": 0.0, "reward_breakdown": {"DB": 0.0, "COMMUNICATE": 1.0}, "db_check": None},
+        "nl_assertions": [{"nl_assertion": "It is polite", "met": False, "justification": "It shouts"}],
+    }
+    simulation = {"termination_reason": "user_stop", "reward_info": reward, "messages": ["said above"]}
+    assert told("simulation", simulation) == {
+        "ended": "user_stop",
+        "reward": "0, the product of DB 0, COMMUNICATE 1",
+        "nl assertion": 'missed {"nl_assertion": "It is polite", "justification": "It shouts"}',
+    }
+    why = json.dumps({"reason": "max_steps", "parts": {"DB": 1.0}, "note": ""})
+    verdict = {"method": "reward", "reasoning": why}
+    assert told("result", {"prediction": "", "verdict": verdict}) == {
+        "ended": "max_steps",
+        "reward of": "DB 1",
+    }
+    assert told("simulation", {"termination_reason": "error", "reward_info": None}) == {"ended": "error"}
+    assert "payload" in told("simulation", {"other": 1})

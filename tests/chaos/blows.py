@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import signal
 import time
@@ -22,11 +23,14 @@ if TYPE_CHECKING:
     from tests.chaos.world import World
 
 VICTIM_S = 60.0
+LIMITS = 0.25
+# Longer outages of the web are not waited for: the search says so and goes on with what the corpus has.
+WEB_S = 5.0
 STEPS_S = (-86_400, -3600, -2, 2, 3600, 86_400)
 REPLICAS = {"retriever": "ray::ServeReplica:retriever:retriever", "model": "ray::ServeReplica:baseline"}
 STOPPED = ("ray::Worker", "ray::Checkpoint", "driver", "node", *REPLICAS.values())
 # A driver whose cluster is gone says so and ends, or it hangs.
-NOTICED_S = 150.0
+NOTICED_S = 30.0
 
 
 class NoVictim(Exception):
@@ -35,6 +39,10 @@ class NoVictim(Exception):
 
 class Hung(Exception):
     """Something that should have ended by itself did not."""
+
+
+class Wrong(Exception):
+    """Something ended otherwise than it is promised."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,12 @@ def _killed(title: str) -> Callable[[Scene], str]:
     return blow
 
 
+def _checkpoint(scene: Scene) -> str:
+    """Or the other actor that a run has beside it: the one that shares limits between runs."""
+    title = "ray::SharedLimits" if scene.rng.random() < LIMITS else "ray::Checkpoint"
+    return _killed(title)(scene)
+
+
 def _raylet(scene: Scene) -> str:
     """The node with everything on it, or its raylet alone, which its workers follow."""
     world, is_whole = scene.world, scene.rng.random() < 0.5
@@ -101,6 +115,8 @@ def _cluster(scene: Scene) -> str:
         lambda: scene.job.command.has_ended, time.monotonic() + NOTICED_S
     ):
         raise Hung(f"the driver goes on {NOTICED_S:g} s after its cluster was killed")
+    if not is_with_driver and "error: the Ray cluster at " not in scene.job.command.transcript.read_text():
+        raise Wrong("a driver without cluster ended without a word")
     scene.world.start_again()
     scene.job.again()
     return "everything" if is_with_driver else "the cluster, under a driver that lives"
@@ -138,9 +154,9 @@ def _stop(scene: Scene) -> str:
     return f"{what} stopped for {held_s:.1f} s"
 
 
-def _held(scene: Scene, what: str, fault: AbstractContextManager[object]) -> str:
+def _held(scene: Scene, what: str, fault: AbstractContextManager[object], most_s: float = math.inf) -> str:
     """That fault, for a while."""
-    held_s = scene.outage_s()
+    held_s = min(scene.outage_s(), most_s)
     with fault:
         time.sleep(held_s)
     return f"{what} for {held_s:.1f} s"
@@ -153,7 +169,7 @@ def _web(scene: Scene) -> str:
         return _killed("ray::ServeReplica:retriever:web")(scene)
     web = scene.world.web
     faults = {"refused": web.refused, "failing": web.failing, "hanging": web.hanging}
-    return _held(scene, f"the web search was {kind}", faults[kind]())
+    return _held(scene, f"the web search was {kind}", faults[kind](), WEB_S)
 
 
 def _s3(scene: Scene) -> str:
@@ -189,7 +205,7 @@ def _clock(scene: Scene) -> str:
 BLOWS: Mapping[Kind, Callable[[Scene], str]] = {
     "worker": _killed("ray::Worker"),
     "raylet": _raylet,
-    "checkpoint": _killed("ray::Checkpoint"),
+    "checkpoint": _checkpoint,
     "driver": _driver,
     "retriever": _killed(REPLICAS["retriever"]),
     "model": _killed(REPLICAS["model"]),

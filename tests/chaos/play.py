@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from typer.testing import CliRunner
 
 from analysis.__main__ import app as analysis_app
-from tests.chaos.blows import Hung, NoVictim, Scene
+from tests.chaos.blows import Hung, NoVictim, Scene, Wrong
 from tests.chaos.plan import BLOWS, Blow, Kind, Round
 from tests.chaos.world import Expected, World
 from tests.jobs.kills import Kill, Told
@@ -58,13 +58,14 @@ class Outcome:
     double: list[str] = field(default_factory=list)
     hung: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)  # promises of another kind
     repeated: int = 0  # calls made again without a blow that explains it
     codes: list[int] = field(default_factory=list)  # of commands that ended by themselves
     seconds: float = 0.0
 
     @property
     def is_good(self) -> bool:
-        return not (self.lost or self.double or self.hung or self.wrong)
+        return not (self.lost or self.double or self.hung or self.wrong or self.broken)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -93,6 +94,8 @@ def play(world: World, one: Round, folder: Path, say: Callable[[str], None]) -> 
             _end(scene, outcome)
         except Hung as hung:
             outcome.hung.append(str(hung))
+        except Wrong as wrong:
+            outcome.broken.append(str(wrong))
     outcome = judged(world, outcome, world.expected[one.benchmark, one.tasks])
     outcome.seconds = time.monotonic() - began
     return outcome
@@ -162,6 +165,8 @@ def judged(world: World, outcome: Outcome, expected: Expected) -> Outcome:
             wrong.append(f"{_name(key)}: {found.answers[key]!r:.300}, expected {answer!r:.300}")
         elif found.dialogues.get(key) != expected.dialogues.get(key):
             wrong.append(f"{_name(key)}: another dialogue")
+        elif (searches := found.searches.get(key)) != expected.searches.get(key):
+            wrong.append(f"{_name(key)}: searches {searches}, expected {expected.searches.get(key)}")
     unknown = found.answers.keys() - expected.answers.keys()
     wrong += [f"{_name(key)}: never asked for" for key in unknown]
     wrong += _summed(told, len(expected.answers))

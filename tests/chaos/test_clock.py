@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ray_app import steady
 from tests.chaos.clock import clock
 from tests.chaos.unavailable import Unavailable
 
@@ -19,6 +20,7 @@ from tests.chaos.unavailable import Unavailable
 TELLS = """
 import ctypes, datetime, os, subprocess, sys, threading, time
 from ray_app import steady
+steady.agree(steady.Beginning(float(sys.argv[1]), sys.argv[2]))
 libc = ctypes.CDLL(None)
 class Moment(ctypes.Structure):
     _fields_ = [("seconds", ctypes.c_long), ("nanos", ctypes.c_long)]
@@ -60,8 +62,9 @@ def test_a_step_moves_wall_time_at_once_and_neither_waits_nor_monotonic_time(tmp
         assert abs(touched.stat().st_mtime - time.time()) < 5
         return [round((told - time.time()) / 10) * 10.0 for told in wall]
 
+    mine.step(7200)  # before it begins, which is later than the run did
     with _telling({**os.environ, **mine.environ}) as process:
-        assert off(process) == [0] * 4
+        assert off(process) == [7200] * 3 + [0]
         for seconds in (3600, -3600, 3 * 86400):
             with mine.stepped(seconds):
                 assert off(process) == [seconds] * 3 + [0]
@@ -70,9 +73,8 @@ def test_a_step_moves_wall_time_at_once_and_neither_waits_nor_monotonic_time(tmp
 
 @contextmanager
 def _telling(environ: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", TELLS], env=environ, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    command = [sys.executable, "-c", TELLS, *map(str, steady.beginning())]
+    process = subprocess.Popen(command, env=environ, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with process:
         try:
             yield process

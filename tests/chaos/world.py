@@ -35,7 +35,7 @@ SERVICES = (
 )
 UP_S = 120.0
 # A driver waits for a cluster that is gone for so long, and not for a minute.
-NOTICED_SOON = {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
+NOTICED_SOON = {"TOOLORCH_CLUSTER_LOST_S": "8"}
 
 
 @dataclass
@@ -128,14 +128,16 @@ class World:
 
 @dataclass(frozen=True)
 class Expected:
-    """By task and trial: outcome, correctness and words; and for dialogues, their last state and messages."""
+    """By task and trial: outcome, correctness and words; of a dialogue its last state and what was said; of
+    searches how many documents each brought, since a page that is missing need not change an answer."""
 
     answers: Mapping[tuple[str, int], Answer]
     dialogues: Mapping[tuple[str, int], Any]
+    searches: Mapping[tuple[str, int], Any]
 
     @classmethod
     def of(cls, told: Told) -> Expected:
-        return cls(told.answers(), told.dialogues())
+        return cls(told.answers(), told.dialogues(), told.searches())
 
 
 @contextmanager
@@ -149,7 +151,9 @@ def world(folder: Path) -> Iterator[World]:
         for app in values["applications"]:
             if app["name"] == "baseline":
                 app["args"] = {"latency": {"mean_s": LATENCY_S, "sigma": 0.1}}
-        cluster = stack.enter_context(made(folder / "cluster", values, {**store.environ, **internet.environ}))
+        cluster = stack.enter_context(
+            made(folder / "cluster", values, {**store.environ, **internet.environ, **NOTICED_SOON})
+        )
         found = World(cluster, Witness(""), store, internet, folder)
         try:
             found.disk = stack.enter_context(disk(folder / "disk"))

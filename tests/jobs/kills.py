@@ -212,6 +212,14 @@ class Told:
             for task, run in told.items()
         }
 
+    def searches(self) -> dict[tuple[str, int], set[tuple[int, int, int]]]:
+        """(call, local hits, web hits) of all searches that brought something, in any attempt."""
+        found: dict[tuple[str, int], set[tuple[int, int, int]]] = defaultdict(set)
+        for row in self.rows("retrieval"):
+            if row["status"] == "ok":
+                found[_key(row)].add((row["call_seq"], row["local_hits"], row["web_hits"]))
+        return dict(found)
+
     def answered(self) -> list[dict[str, Any]]:
         """The rows of the model calls that gave an answer."""
         return [row for row in self.rows("model_call") if row["status"] == "ok"]

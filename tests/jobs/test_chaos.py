@@ -11,13 +11,14 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.chaos.plan import Round, every_kind_once
 from tests.chaos.play import judged, play
-from tests.chaos.world import Expected, World, world
+from tests.chaos.world import World, world
 from tests.jobs.cluster import finished, until
 from tests.jobs.kills import Answer, Answers, Job, titled
 
@@ -64,9 +65,8 @@ def test_a_run_that_every_kind_of_fault_hits_ends_as_an_undisturbed_one(
     # The same run is found wanting where another answer, or one answer more, was to be expected.
     right = place.expected[one.benchmark, one.tasks]
     (key, answer), *_ = right.answers.items()
-    other = Expected(
-        {**right.answers, key: Answer("ok", None, "another"), ("none", 0): answer}, right.dialogues
-    )
+    answers = {**right.answers, key: Answer("ok", None, "another"), ("none", 0): answer}
+    other = replace(right, answers=answers)
     worse = judged(place, outcome, other)
     assert worse.lost == ["none (trial 0)"] and len(worse.wrong) == 2 and not worse.is_good, worse
 

@@ -167,17 +167,9 @@ def verdicts(run_dir: Path) -> dict[str, bool]:
 
 def test_both_forms_of_submission_run_the_job_and_resume_it(cluster: Cluster) -> None:
     services = ("--set", f"services={cluster.serve_config}")
-    for name, form in (("typed", ()), ("packaged", ("--address", cluster.dashboard, "--working-dir", "."))):
-        command = (
-            "--",
-            "env",
-            f"RUN_NAME={name}",
-            "python",
-            "jobs/hle.py",
-            "--set",
-            "dataset.limit=8",
-            *services,
-        )
+    packaged = ("--address", cluster.dashboard, "--working-dir", ".")
+    for name, script, form in (("typed", "jobs/hle.py", ()), ("packaged", "jobs/tau2.py", packaged)):
+        command = ("--", "env", f"RUN_NAME={name}", "python", script, "--limit", "8", *services)
         first = cluster.submit(*form, *command)
         assert first.returncode == 0, first.stdout
         assert "8 planned = 8 ok" in first.stdout and "succeeded" in first.stdout
