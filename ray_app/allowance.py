@@ -12,6 +12,8 @@ from ray_app.slots import RouteKey, Slots
 
 # A worker that has heard nothing for so long takes the share that is safe whatever the others have.
 LEASE_S = 5.0
+# An answer to another worker is told of so much later at most; it must not seem younger than it is.
+HEARSAY_S = 10.0
 
 
 class Allowance:
@@ -48,6 +50,9 @@ class Allowance:
         open_calls = max(0, self._open_calls() - sum(use.waiting for use in uses.values()))
         report = WorkerReport(node, uses, self.spent_usd, open_calls, not self.may_spend)
         self._grant, self._heard_s = grant, self._clock()
+        for key, age_s in grant.answered.items():
+            if slots := self._slots.get(key):
+                slots.answered_at = max(slots.answered_at, self._clock() - age_s - HEARSAY_S)
         self._apply(is_alone=False)
         if self._watching is None:
             self._watching = asyncio.get_running_loop().create_task(self._watch())

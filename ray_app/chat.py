@@ -186,7 +186,7 @@ class Router:
         routes, patience_s = self._routes[call.request.model], call.model.patience_s
         now = time.monotonic()
         urls = ", ".join(route.url for route in routes)
-        if all(not route.answering and now - route.answered_at >= patience_s for route in routes):
+        if all(not route.answering and now - route.slots.answered_at >= patience_s for route in routes):
             for route in routes:
                 route.slots.away = (
                     f"model {call.request.model}: {urls} answered nothing for {patience_s:g} s (patience_s), "

@@ -64,7 +64,6 @@ class Route:
         self.slots = Slots()
         self.open = 0
         self.answering = 0  # calls that it has taken and not ended
-        self.answered_at = float("-inf")  # monotonic
         self._faults = 0
         self._denied = set[str]()  # sessions, since it last answered
         self._out_until = float("-inf")
@@ -90,7 +89,7 @@ class Route:
         self._faults, self._out_until = 0, float("-inf")
         self._denied.clear()
         self.slots.refusal = self.slots.denial = ""
-        self.answered_at = time.monotonic()
+        self.slots.answered_at = time.monotonic()
 
     @property
     def is_denying(self) -> bool:

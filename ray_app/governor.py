@@ -64,6 +64,7 @@ class _Route:
     share: RunShare | None = None
     is_begun: bool = False  # its limit has been in force
     kept: int | None = None  # the last share, while nothing is heard of the other runs
+    answered_s: float | None = None  # when a worker last told of an answer
     told: Decided | None = None
 
     @property
@@ -124,8 +125,8 @@ class Governor:
     @property
     def spent_usd(self) -> float:
         """By this run: earlier commands, workers that are gone, and those that live."""
-        living = sum(report.spent_usd for report in self._reports.values())
-        return self._policy.spent_before_usd + sum(self.gone_usd.values()) + living
+        living = sum(report.spent_usd for report in list(self._reports.values()))
+        return self._policy.spent_before_usd + sum(list(self.gone_usd.values())) + living
 
     @property
     def may_spend(self) -> bool:
@@ -168,7 +169,10 @@ class Governor:
         """What `worker` reported; its samples count once."""
         self._reports[worker] = report
         for key, use in report.uses.items():
-            self._route(key).samples.extend(use.samples)
+            route = self._route(key)
+            route.samples.extend(use.samples)
+            if any(sample.ending == "ok" for sample in use.samples):
+                route.answered_s = self._clock()
             self.stopped_for = self.stopped_for or use.away
             if use.denial and key not in self._denials:
                 self._denials.add(key)
@@ -196,7 +200,11 @@ class Governor:
         as the others have left it."""
         if worker not in self._shares:
             self._shares[worker] = {key: self._first(key, limit) for key, limit in self.limits().items()}
-        return Grant(dict(self._shares[worker]), self.may_spend)
+        now = self._clock()
+        answered = {
+            key: now - route.answered_s for key, route in self._routes.items() if route.answered_s is not None
+        }
+        return Grant(dict(self._shares[worker]), self.may_spend, answered)
 
     def _first(self, key: RouteKey, limit: int) -> Share:
         workers = max(self._workers, len(self._reports))

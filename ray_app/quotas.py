@@ -22,10 +22,11 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What the driver allows a worker."""
+    """What the driver allows a worker. `answered`: seconds since it heard that a route answered any."""
 
     shares: Mapping[RouteKey, Share] = field(default_factory=dict)
     may_spend: bool = True
+    answered: Mapping[RouteKey, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,8 @@ class Slots:
         # Calls between two attempts, because the endpoint took none, and what it said of that.
         self.pausing = 0
         self.refusal = ""
+        # When it last answered a call: of this process, or surely of another one (monotonic).
+        self.answered_at = -math.inf
         # Said for good once the endpoints of the model have answered nothing for longer than its calls wait,
         # or deny all of them: why the run has to end.
         self.away = ""

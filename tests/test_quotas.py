@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 
 import pytest
 
-from ray_app.allowance import Allowance, use_of
+from ray_app.allowance import HEARSAY_S, Allowance, use_of
 from ray_app.concurrency import Bounds
 from ray_app.governor import Governor, Policy
 from ray_app.quotas import Grant, Share, Use, WorkerReport, alone, held_back, split
@@ -139,6 +140,23 @@ def test_a_model_whose_endpoints_are_away_stops_the_run_as_money_does() -> None:
     for name in ("a", "b"):  # calls that wait have not gone out
         governor.hear(name, WorkerReport("n", {KEY: use}, has_stopped=True))
     assert governor.is_spent_out
+
+
+async def test_what_answers_other_workers_is_not_away_but_hearsay_makes_no_answer_younger() -> None:
+    now, slots = [100.0], Slots()
+    governor = Governor(Policy({KEY: Bounds(3, 3, 3)}), workers=2, clock=lambda: now[0])
+    allowance = Allowance({KEY: slots}, clock=lambda: now[0])
+    governor.hear("a", WorkerReport("n", {KEY: Use([Sample("congested", 1.0)], 0, 0)}))
+    assert governor.grant("b").answered == {} and slots.answered_at == -math.inf
+    governor.hear("a", WorkerReport("n", {KEY: Use([Sample("ok", 1.0)], 0, 0)}))
+    now[0] = 103.0
+    grant = governor.grant("b")
+    allowance.exchange(grant, "n")
+    assert grant.answered == {KEY: 3.0} and slots.answered_at == 100.0 - HEARSAY_S
+    slots.answered_at = 99.0  # of its own
+    allowance.exchange(grant, "n")
+    assert slots.answered_at == 99.0
+    allowance.close()
 
 
 async def test_a_worker_that_hears_nothing_takes_the_safe_share_and_the_old_one_when_it_does() -> None:
