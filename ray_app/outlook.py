@@ -46,11 +46,15 @@ class RouteUse:
 
 @dataclass(frozen=True)
 class History:
-    """Of a run: the results that count, seconds from first start to last result by command, its routes."""
+    """Of a run: the results that count, seconds from first start to last result by command, its routes.
+
+    `waited_s`: the longest that the calls of one attempt waited to go out.
+    """
 
     results: Sequence[Row]
     spans_s: Mapping[int, float]
     routes: Sequence[RouteUse]
+    waited_s: float = 0.0
 
     @property
     def measured(self) -> list[Row]:
@@ -112,13 +116,21 @@ def history(run_dir: Path) -> History | None:
             and not {events.SECOND_OPINION}
         group by model, endpoint
     """
+    waits = f"""
+        select coalesce(max(waited_s), 0.0) from (
+            select sum(queue_s) as waited_s from events
+            where kind = 'model_call' and not coalesce(is_replayed, false) and not {events.SECOND_OPINION}
+            group by epoch, rollout_key, trial, attempt
+        )
+    """
     with events.connect(run_dir) as log:
         seconds = {epoch: max(0.0, span) for epoch, span in log.execute(spans).fetchall() if span}
         used = [
             RouteUse(model, endpoint, calls, call_s, _limit(detail))
             for model, endpoint, calls, call_s, detail in log.execute(routes).fetchall()
         ]
-    return History(results, seconds, [use for use in used if use.calls])
+        waited_s = float(log.execute(waits).fetchall()[0][0])
+    return History(results, seconds, [use for use in used if use.calls], waited_s)
 
 
 def _limit(detail: str | None) -> int | None:
@@ -173,7 +185,7 @@ def outlook(job: Job, work: Plan, asked: Asked) -> Outlook | None:
     known = durations(before)
     tasks = {task.rollout_key: task for task in job.tasks}
     left = [item.task for item in ordering.order(work.left, asked, durations(before, own))]
-    place = Place(job.config.concurrency, _longest_s(job.config), _loads(job.config, basis))
+    place = Place(job.config.concurrency, _longest_s(job.config, basis), _loads(job.config, basis))
     told = foresight.forecast(sample(basis.measured, tasks, known), _rest(left, known), place, asked.seed)
     if told is None:
         return None
@@ -199,8 +211,12 @@ def _rest(tasks: Sequence[Task], known: Durations) -> Rest:
     )
 
 
-def _longest_s(config: BaseRun) -> float | None:
-    return None if config.limits.wall_s is None else config.limits.wall_s + JUDGE_S
+def _longest_s(config: BaseRun, seen: History) -> float | None:
+    """A task's limit is of its own time, its duration is not: waits come on top, by what was measured."""
+    if config.limits.wall_s is None:
+        return None
+    measured_s: float = max(row["duration_s"] for row in seen.measured)
+    return max(measured_s, config.limits.wall_s + JUDGE_S + seen.waited_s)
 
 
 def _loads(config: BaseRun, seen: History) -> tuple[Load, ...]:

@@ -43,7 +43,7 @@ def test_a_log_tells_what_tasks_took_and_how_busy_each_route_was(tmp_path: Path)
     assert seen is not None
     assert [one["task_id"] for one in seen.measured] == ["a", "b"] and seen.spent_usd == pytest.approx(0.75)
     assert seen.spans_s == pytest.approx({1: 10.0})
-    assert seen.routes == [RouteUse("baseline", "http://e", 2, 16.0, 2)]
+    assert seen.routes == [RouteUse("baseline", "http://e", 2, 16.0, 2)] and seen.waited_s == 2.0
     told = outlook.bottleneck(CONFIG, seen).splitlines()
     assert told == [
         "Bottleneck so far: places for tasks (2 at once), 90% busy",
@@ -53,6 +53,16 @@ def test_a_log_tells_what_tasks_took_and_how_busy_each_route_was(tmp_path: Path)
     assert outlook.history(tmp_path / "none") is None
     with pytest.raises(RunDirError, match=r"--durations-from .*none: expected a run with results"):
         outlook.prior(Asked(durations_from=tmp_path / "none"))
+
+
+def test_a_task_may_take_its_wall_limit_and_what_calls_were_seen_to_wait_on_top() -> None:
+    limited = load(Path(__file__).parent.parent / "configs" / "hle_sample.yaml", ["limits.wall_s=60"], {})
+
+    def longest_s(seconds: float, waited_s: float) -> float | None:
+        return outlook._longest_s(limited, History([row("a", seconds)], {}, [], waited_s))
+
+    assert longest_s(50.0, 0.0) == 180.0 and longest_s(50.0, 40.0) == 220.0
+    assert longest_s(900.0, 40.0) == 900.0  # it waited for what no call tells of
 
 
 def test_the_busiest_route_is_the_bottleneck_where_it_is_busier_than_the_places_for_tasks() -> None:
