@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,15 +80,16 @@ def _answers(address: str) -> bool:
 def watched(lost: Callable[[str], None]) -> Iterator[None]:
     """Calls `lost`, from a thread, with one line once the cluster's head has refused connections for LOST_S.
 
-    Only refusals while this process runs count: one that was stopped for an hour has seen none.
+    Only time in which this process looked counts: one that was stopped for an hour has seen nothing.
     """
     address, over = ray.get_runtime_context().gcs_address, threading.Event()
 
     def look() -> None:
-        refused = 0
+        refused_s, looked = 0.0, time.monotonic()
         while not over.wait(LOOK_S):
-            refused = 0 if _answers(address) else refused + 1
-            if refused * LOOK_S >= LOST_S:
+            is_there, before, looked = _answers(address), looked, time.monotonic()
+            refused_s = 0.0 if is_there else refused_s + min(looked - before, LOOK_S + PROBE_TIMEOUT_S)
+            if refused_s >= LOST_S:
                 lost(
                     f"the Ray cluster at {address} has not answered for {LOST_S:.0f} s; what was committed "
                     "is kept: start it again, and the same command goes on"
