@@ -25,7 +25,7 @@ from ray_app import driver, object_store, preview
 from ray_app.config import load
 from ray_app.errors import ConfigError, EvalError
 from ray_app.hle import HleJob, ReplayInWorker, SolverInWorker, check_services, read_job, read_replay
-from ray_app.job_options import Figures, Fresh, Pictures, Plan, Retry, RunDir, with_tasks
+from ray_app.job_options import Figures, Fresh, Pictures, Plan, Replay, Retry, RunDir, with_tasks
 from ray_app.ordering import NOTHING_ASKED, Asked
 from ray_app.recording import Recording
 from ray_app.worker import SolverFactory
@@ -50,13 +50,7 @@ def main(
         Path | None,
         typer.Option(help="First take over the finished {id}.json results of DIR.", metavar="DIR"),
     ] = None,
-    replay: Annotated[
-        Path | None,
-        typer.Option(
-            help="Run the tasks of RUN again with every reply from its log, and compare the decisions.",
-            metavar="RUN",
-        ),
-    ] = None,
+    replay: Replay = None,
     fresh: Fresh = False,
     pictures: Pictures = True,
     retry: Retry = "infrastructure",

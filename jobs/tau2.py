@@ -25,7 +25,7 @@ import typer
 from ray_app import driver, object_store, preview
 from ray_app.config import load
 from ray_app.errors import ConfigError, EvalError
-from ray_app.job_options import Figures, Fresh, Pictures, Plan, Retry, RunDir, with_tasks
+from ray_app.job_options import Figures, Fresh, Pictures, Plan, Replay, Retry, RunDir, with_tasks
 from ray_app.ordering import NOTHING_ASKED, Asked
 from ray_app.recording import Recording
 from ray_app.tau2.closing import close
@@ -59,13 +59,7 @@ def main(
         list[str] | None, typer.Option("--set", help="Override a key: --set limits.max_steps=50.")
     ] = None,
     plan: Plan = False,
-    replay: Annotated[
-        Path | None,
-        typer.Option(
-            help="Run the tasks of RUN again with every reply from its log, and compare the decisions.",
-            metavar="RUN",
-        ),
-    ] = None,
+    replay: Replay = None,
     fresh: Fresh = False,
     pictures: Pictures = True,
     retry: Retry = "infrastructure",

@@ -365,26 +365,26 @@ async def connect(options: Options) -> CheckpointClient:
     """The run's checkpoint actor, made where there is none, opened for this driver's epoch."""
     await _retire_other_code(options.run_dir)
     name = actor_name(options.run_dir)
-    actor = (
-        ray.remote(Checkpoint)
-        .options(
-            name=name,
-            namespace=NAMESPACE,
-            lifetime="detached",
-            get_if_exists=True,
-            num_cpus=0.01,  # with none, Ray heeds no wish for a node
-            max_restarts=-1,
-            max_concurrency=4,
-            # Beside the driver: the node without which the run ends anyway, away from most workers.
-            scheduling_strategy=NodeAffinitySchedulingStrategy(
-                ray.get_runtime_context().get_node_id(), soft=True
-            ),
-        )
-        .remote(options, name)
-    )
-    client = CheckpointClient(actor, options)
+    client = CheckpointClient(detached(Checkpoint, name).remote(options, name), options)
     await client.open()
     return client
+
+
+def detached(kind: type, name: str) -> Any:
+    """The class of an actor that outlives its driver, to be made with `remote`; or of that name."""
+    return ray.remote(kind).options(
+        name=name,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=0.01,  # with none, Ray heeds no wish for a node
+        max_restarts=-1,
+        max_concurrency=4,
+        # Beside the driver: the node without which the run ends anyway, away from most workers.
+        scheduling_strategy=NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=True
+        ),
+    )
 
 
 async def _retire_other_code(run_dir: Path) -> None:

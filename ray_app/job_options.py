@@ -22,6 +22,13 @@ RunDir = Annotated[
 ]
 Figures = Annotated[Path | None, typer.Option(help="Write the final figures here.")]
 Plan = Annotated[bool, typer.Option("--plan", "--dry-run", help="Show work, routes and cost; start nothing.")]
+Replay = Annotated[
+    Path | None,
+    typer.Option(
+        help="Run the tasks of RUN again with every reply from its log, and compare the decisions.",
+        metavar="RUN",
+    ),
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Deploy the services again.")]
 Pictures = Annotated[bool, typer.Option(help="Draw the pictures at the end.")]
 Retry = Annotated[Literal["infrastructure", "failed"], typer.Option(help="Which failed tasks run again.")]

@@ -20,10 +20,9 @@ from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_app import rundir
-from ray_app.checkpoint import NAMESPACE
+from ray_app.checkpoint import NAMESPACE, detached
 from ray_app.governor import Governor
 from ray_app.joint_limits import JointLimits, RunShare, RunUse
 from ray_app.slots import RouteKey
@@ -145,19 +144,4 @@ def actor_name() -> str:
 
 
 def _actor(name: str) -> Any:
-    return (
-        ray.remote(SharedLimits)
-        .options(
-            name=name,
-            namespace=NAMESPACE,
-            lifetime="detached",
-            get_if_exists=True,
-            num_cpus=0.01,  # with none, Ray heeds no wish for a node
-            max_restarts=-1,
-            max_concurrency=4,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(
-                ray.get_runtime_context().get_node_id(), soft=True
-            ),
-        )
-        .remote(name)
-    )
+    return detached(SharedLimits, name).remote(name)

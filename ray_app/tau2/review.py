@@ -85,7 +85,7 @@ class SimulationReviewer:
 
     async def verdict(self, caller: Caller, journal: Journal, task: Task, subject: Simulation) -> Verdict:
         spec, domain, settings = spec_of(task), self.domains[task.category], self.job.config.judge
-        asked = domain.questions(spec, subject)
+        asked = await asyncio.to_thread(domain.questions, spec, subject)
         judged = await ask_judge(caller, journal, settings, domain, spec, asked)
         async with self.computing:
             reward = await asyncio.to_thread(domain.reward, spec, subject, judged)
