@@ -130,7 +130,8 @@ def load_of(tasks: int, url: str) -> Load:
 
 def job(load: Load, run_dir: Path) -> SoakJob:
     model = ModelConfig(
-        endpoints=(Endpoint(base_url=load.url),),
+        # Fixed: with a 429 every few seconds an adaptive limit stays low, and the run takes an hour.
+        endpoints=(Endpoint(base_url=load.url, concurrency=load.in_flight),),
         timeout_s=60,
         first_token_s=FIRST_TOKEN_S,
         price=Price(input=1, output=2),
