@@ -163,5 +163,9 @@ def every_kind_once(seed: int) -> list[Round]:
     rng = random.Random(f"short {seed}")
     rng.shuffle(of_questions)
     rng.shuffle(of_dialogues)
-    both = _round(-2 * seed, "hle", "disk", of_questions), _round(-2 * seed - 1, "tau2", "s3", of_dialogues)
-    return [replace(one, tasks=one.tasks // 2, outage_s=(1.0, 2.5)) for one in both]
+    questions = _round(-2 * seed, "hle", "disk", of_questions)
+    dialogues = _round(-2 * seed - 1, "tau2", "s3", of_dialogues)
+    return [
+        replace(questions, outage_s=(1.0, 2.0)),
+        replace(dialogues, tasks=dialogues.tasks // 2, outage_s=(1.0, 2.5)),
+    ]

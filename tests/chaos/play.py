@@ -82,7 +82,7 @@ def play(world: World, one: Round, folder: Path, say: Callable[[str], None]) -> 
     outcome = Outcome(one.number, one.title, run_dir)
     rng = random.Random(f"round {one.number}")
     # Slow enough for all of them to come before the end.
-    concurrency = one.tasks // 10 if len(one.blows) > BLOWS else rng.randint(*IN_FLIGHT)
+    concurrency = 2 if len(one.blows) > BLOWS else rng.randint(*IN_FLIGHT)
     with world.carried(one, run_dir, concurrency, folder / f"{name}.log") as job:
         scene = Scene(world, job, rng, one.outage_s)
         try:
