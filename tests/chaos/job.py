@@ -30,8 +30,8 @@ class Command:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        with self.transcript.open("a") as file:
-            for line in self.process.stdout:
+        with self.process.stdout as output, self.transcript.open("a") as file:
+            for line in output:
                 file.write(line)
                 file.flush()
                 with self.changed:
