@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,7 +70,7 @@ def pass_over(todo: Sequence[Round], folder: Path) -> None:
         for one in todo:
             say(f"seed {one.number}: {one.title}")
             outcome = play(found, one, folder, say)
-            put_down(folder, outcome.as_json())
+            put_down(folder, asdict(outcome))
             say(f"seed {one.number}: {'good' if outcome.is_good else 'BAD'} after {outcome.seconds:.0f} s")
             for name in ("lost", "double", "hung", "wrong", "broken", "missed"):
                 for line in getattr(outcome, name):
@@ -94,6 +95,7 @@ def figures(entries: Sequence[dict[str, Any]], wanted: Sequence[Round]) -> Itera
     for name in ("lost", "double", "hung", "wrong"):
         what = {"double": "double counted", "wrong": "wrong result"}.get(name, name)
         yield Figure(f"seeded kills over all kinds: {what}", sum(len(each[name]) for each in found), "==", 0)
+    yield Figure("  other promises broken", sum(len(each.get("broken", ())) for each in found), "==", 0)
     yield Figure(
         "  calls made again without a blow that explains it", sum(each["repeated"] for each in found)
     )

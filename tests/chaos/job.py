@@ -64,23 +64,27 @@ class Command:
 
 @dataclass
 class Carried:
-    """`start` types the command once more; `codes` are the exit codes of those that ended by themselves."""
+    """`start` types the command once more; `commands` are all its starts, the last of which is `command`."""
 
     start: Callable[[], Command]
-    command: Command = field(init=False)
-    codes: list[int] = field(default_factory=list)
+    commands: list[Command] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.command = self.start()
+        self.commands.append(self.start())
+
+    @property
+    def command(self) -> Command:
+        return self.commands[-1]
+
+    @property
+    def codes(self) -> list[int]:
+        """The exit codes of those that ended by themselves; one that a signal ended has a negative one."""
+        codes = [command.process.poll() for command in self.commands]
+        return [code for code in codes if code is not None and code >= 0]
 
     def again(self) -> None:
         self.command.end()
-        self.command = self.start()
-
-    def ended(self) -> int:
-        """The exit code of the command that has ended; noted."""
-        self.codes.append(self.command.process.wait())
-        return self.codes[-1]
+        self.commands.append(self.start())
 
 
 @contextmanager

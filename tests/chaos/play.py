@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 from typer.testing import CliRunner
@@ -67,9 +66,6 @@ class Outcome:
     def is_good(self) -> bool:
         return not (self.lost or self.double or self.hung or self.wrong or self.broken)
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def play(world: World, one: Round, folder: Path, say: Callable[[str], None]) -> Outcome:
     """Play a round. `folder` gets the output of its commands and a line for each blow."""
@@ -91,11 +87,12 @@ def play(world: World, one: Round, folder: Path, say: Callable[[str], None]) -> 
                     outcome.skipped.append(f"{blow.kind}: {world.unavailable[blow.kind]}")
                     continue
                 _strike(scene, blow, one.tasks, outcome, folder, say)
-            _end(scene, outcome)
+            _end(scene)
         except Hung as hung:
             outcome.hung.append(str(hung))
         except Wrong as wrong:
             outcome.broken.append(str(wrong))
+        outcome.codes = job.codes
     outcome = judged(world, outcome, world.expected[one.benchmark, one.tasks])
     outcome.seconds = time.monotonic() - began
     return outcome
@@ -106,10 +103,10 @@ def _strike(
 ) -> None:
     free_at = outcome.struck[-1].done + APART_S if outcome.struck else 0.0
     while not _wait(scene, lambda: scene.job.command.done >= blow.at * tasks and time.time() >= free_at):
-        if scene.job.ended() == 0:
+        if scene.job.command.process.wait() == 0:
             outcome.missed.append(f"{blow.kind}: the run had ended")
             return
-        _again(scene, outcome)
+        _again(scene)
     done, began = scene.job.command.done, time.time()
     try:
         what = scene.strike(blow.kind)
@@ -123,17 +120,14 @@ def _strike(
     say(f"  {done:3d} done  {blow.kind:11} {what} ({struck.done - began:.1f} s)")
 
 
-def _end(scene: Scene, outcome: Outcome) -> None:
-    while True:
+def _end(scene: Scene) -> None:
+    _wait(scene, lambda: False)
+    while scene.job.command.process.wait() != 0:
+        _again(scene)
         _wait(scene, lambda: False)
-        if scene.job.ended() == 0:
-            outcome.codes = scene.job.codes
-            return
-        _again(scene, outcome)
 
 
-def _again(scene: Scene, outcome: Outcome) -> None:
-    outcome.codes = scene.job.codes
+def _again(scene: Scene) -> None:
     if len(scene.job.codes) > MOST_AGAIN:
         raise Hung(f"the command ended with {scene.job.codes}, again and again")
     scene.world.heal()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import time
@@ -11,6 +10,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from ray_app import object_store
 from tests.chaos.clock import Clock, clock
@@ -146,7 +147,9 @@ def world(folder: Path) -> Iterator[World]:
     (folder / "runs").mkdir(parents=True)
     with ExitStack() as stack:
         store, internet = stack.enter_context(bucket()), stack.enter_context(web())
-        stack.callback(_set({**store.environ, "TOOLORCH_HOME": str(folder / "reader")}))
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        for name, value in {**store.environ, "TOOLORCH_HOME": str(folder / "reader")}.items():
+            patch.setenv(name, value)
         values = internet.serve_config(folder / "web-cache")
         for app in values["applications"]:
             if app["name"] == "baseline":
@@ -172,18 +175,3 @@ def world(folder: Path) -> Iterator[World]:
 def _made(folder: Path) -> Path:
     folder.mkdir()
     return folder
-
-
-def _set(values: Mapping[str, str]) -> Any:
-    """Set variables of this process; returns what puts them back."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-
-    def back() -> None:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-    return back
