@@ -23,7 +23,7 @@ import typer
 
 from benchmarks import thrash
 from benchmarks.child import Child
-from benchmarks.figures import Figure, report
+from benchmarks.figures import Figure, report, told
 from benchmarks.thrash_server import amount
 from ray_app.allowance import Allowance
 from ray_app.concurrency import Bounds
@@ -255,11 +255,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="A few seconds; judges no HTTP run.")] = False,
 ) -> None:
     """Measure the adaptive limit beside the best fixed one."""
-    figures = []
-    for figure in measure(QUICK if quick else FULL):
-        print(figure.line, flush=True)
-        figures.append(figure)
-    raise typer.Exit(report(figures, json))
+    raise typer.Exit(report(told(measure(QUICK if quick else FULL)), json))
 
 
 if __name__ == "__main__":

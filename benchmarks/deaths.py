@@ -36,7 +36,7 @@ import psutil
 import ray
 import typer
 
-from benchmarks.figures import Figure, report
+from benchmarks.figures import Figure, report, told
 from benchmarks.load import Load, MakeSolver
 from benchmarks.stub_model import Behaviour
 from ray_app import engine, events, lease, planning
@@ -435,11 +435,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="Half a minute: a small load, each death once.")] = False,
 ) -> None:
     """Measure what is repeated after deaths."""
-    figures = []
-    for figure in measure(QUICK if quick else FULL, seed):
-        print(figure.line, file=sys.stderr, flush=True)
-        figures.append(figure)
-    raise typer.Exit(report(figures, json))
+    raise typer.Exit(report(told(measure(QUICK if quick else FULL, seed)), json))
 
 
 if __name__ == "__main__":

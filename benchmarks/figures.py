@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import operator
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,6 +56,15 @@ def write(figures: Iterable[Figure], path: Path) -> None:
     keys = ("name", "value", "op", "target")
     rows = [{key: asdict(figure)[key] for key in keys} for figure in figures]
     path.write_text(json.dumps({"figures": rows}, indent=1) + "\n")
+
+
+def told(measured: Iterable[Figure]) -> list[Figure]:
+    """All of them, each of which is printed to stderr when it is there."""
+    figures = []
+    for figure in measured:
+        print(figure.line, file=sys.stderr, flush=True)
+        figures.append(figure)
+    return figures
 
 
 def report(figures: Sequence[Figure], json_path: Path | None = None) -> int:

@@ -19,7 +19,7 @@ import typer
 
 from benchmarks import thrash
 from benchmarks.concurrency import FIRST_DRAW, WITHIN
-from benchmarks.figures import Figure, report
+from benchmarks.figures import Figure, report, told
 from benchmarks.thrash_runs import Part, Played, Scene, apart, play
 
 # The smaller of two shares: an even one is 0.5.
@@ -129,11 +129,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="Fewer seeds and curves.")] = False,
 ) -> None:
     """Measure runs that share an endpoint."""
-    figures = []
-    for figure in measure(QUICK if quick else FULL):
-        print(figure.line, flush=True)
-        figures.append(figure)
-    raise typer.Exit(report(figures, json))
+    raise typer.Exit(report(told(measure(QUICK if quick else FULL)), json))
 
 
 if __name__ == "__main__":
