@@ -68,6 +68,8 @@ SCENES: Sequence[tuple[Benchmark, Storage]] = (
 TASKS: Mapping[Benchmark, int] = {"hle": 60, "tau2": 40}
 # After the first tasks, and before so few are left that the run could end first.
 EARLIEST, LATEST = 0.05, 0.75
+# Where many come one after the other, each of them later than it is meant to.
+LATEST_OF_MANY = 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,7 @@ def _dealt(drafts: Sequence[_Draft], rng: random.Random) -> bool:
 
 def _round(number: int, benchmark: Benchmark, storage: Storage, kinds: Sequence[Kind]) -> Round:
     """With many blows the moments are apart, or the last ones would come when all is done."""
-    rng, share = random.Random(f"moments {number}"), (LATEST - EARLIEST) / len(kinds)
+    rng, share = random.Random(f"moments {number}"), (LATEST_OF_MANY - EARLIEST) / len(kinds)
     if len(kinds) > BLOWS:
         moments = [EARLIEST + share * (place + rng.random() / 2) for place in range(len(kinds))]
     else:
@@ -166,6 +168,6 @@ def every_kind_once(seed: int) -> list[Round]:
     questions = _round(-2 * seed, "hle", "disk", of_questions)
     dialogues = _round(-2 * seed - 1, "tau2", "s3", of_dialogues)
     return [
-        replace(questions, outage_s=(1.0, 2.0)),
-        replace(dialogues, tasks=dialogues.tasks // 2, outage_s=(1.0, 2.5)),
+        replace(questions, tasks=48, outage_s=(1.0, 2.0)),
+        replace(dialogues, outage_s=(1.0, 2.5)),
     ]
