@@ -159,7 +159,7 @@ def draw_costs(axes: Any, rows: Sequence[UsageRow]) -> None:
     cost, tokens = dict[str, float](), dict[str, int]()
     for row in rows:
         if row.tokens or row.cost_usd:
-            cost[row.model] = cost.get(row.model, 0.0) + row.cost_usd
+            cost[row.model] = cost.get(row.model, 0.0) + (row.cost_usd or 0.0)
             tokens[row.model] = tokens.get(row.model, 0) + row.tokens
     total = sum(cost.values())
     title = "Tokens by model" if not total else "Cost by model"

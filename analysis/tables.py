@@ -85,10 +85,10 @@ def usage_page(found: Usage) -> RenderableType:
         cells = [number(row.calls), *shares, percent(row.success), *tokens, usd(row.cost_usd)]
         add_row(table, [row.tool if row.tool != before else "", row.model or DASH, *cells])
         before = row.tool
-    total = sum(row.cost_usd for row in found.rows)
+    costs = [row.cost_usd for row in found.rows if row.cost_usd is not None]
     all_tokens = sum(row.tokens for row in found.rows)
     estimated = _estimated(sum(row.estimated_tokens for row in found.rows), all_tokens)
-    lines = Text(f"Cost in all: {usd(total)}\nTokens in all: {number(all_tokens)}{estimated}")
+    lines = Text(f"Cost in all: {usd(sum(costs) if costs else None)}\nTokens in all: {number(all_tokens)}{estimated}")
     return Group(Text(plain(found.run, 120), style="bold"), table, lines)
 
 

@@ -36,8 +36,10 @@ def percent(fraction: float | None) -> str:
     return DASH if fraction is None else f"{100 * fraction:.1f}%"
 
 
-def usd(value: float) -> str:
+def usd(value: float | None) -> str:
     """US dollars with cents, with four decimals below a cent."""
+    if value is None:
+        return DASH
     return f"${value:.4f}" if 0 < value < 0.01 else f"${value:,.2f}"
 
 

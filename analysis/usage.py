@@ -1,7 +1,7 @@
 """What was called how often, with which success, for how many tokens and dollars.
 
 An expert's tokens and cost belong to the tool that asked it. Failed calls are paid for too and are counted
-in all of it; only times leave them out.
+in all of it; only times leave them out. A log that tells no prices at all (an imported one) has None for them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ToolRow:
     p90_s: float | None
     p99_s: float | None
     tokens: int
-    cost_usd: float
+    cost_usd: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class UsageRow:
     cached_tokens: int
     completion_tokens: int
     estimated_tokens: int
-    cost_usd: float
+    cost_usd: float | None
 
     @property
     def tokens(self) -> int:
@@ -133,7 +133,7 @@ def _by_model(log: RunLog, work: _Work) -> list[UsageRow]:
             success=float(1 - errors[code] / calls[code]) if calls[code] else None,
             **{name: int(spent[name][code]) for name in WORK[:3]},
             estimated_tokens=int(sum(of[code] for of in estimated.values())),
-            cost_usd=float(spent["cost_usd"][code]),
+            cost_usd=_priced(log, float(spent["cost_usd"][code])),
         )
         for code in used
     ]
@@ -162,8 +162,12 @@ def _tool_row(log: RunLog, work: _Work, total: int) -> ToolRow:
         p90_s=p90,
         p99_s=p99,
         tokens=int(tokens),
-        cost_usd=_total(log.numbers("cost_usd"), work.payers),
+        cost_usd=_priced(log, _total(log.numbers("cost_usd"), work.payers)),
     )
+
+
+def _priced(log: RunLog, usd: float) -> float | None:
+    return None if np.isnan(log.numbers("cost_usd")).all() else usd
 
 
 def _total(values: Floats, mask: Mask) -> float:

@@ -1,4 +1,4 @@
-"""Whether a run survives everything that can die around it: `python -m benchmarks.chaos --seeds 1..50`.
+"""Whether a run survives everything that can die around it: `python -m benchmarks.chaos --seeds 1..54`.
 
 A seed is a run of the sample or of the service desk on a real cluster, with four blows (tests/chaos/plan.py
 has the kinds); fifty seeds are the 200 blows of a full pass. A pass can be interrupted: `--folder` keeps what
@@ -26,7 +26,7 @@ from tests.chaos.plan import SHARES, Round, every_kind_once, rounds
 from tests.chaos.play import play
 from tests.chaos.world import world
 
-FULL = "1..50"
+FULL = "1..54"
 FULL_BLOWS = 200
 MOST_MINUTES = 75.0
 LEAST_CLUSTERS = 15
@@ -109,7 +109,7 @@ def figures(entries: Sequence[dict[str, Any]], wanted: Sequence[Round]) -> Itera
 
 
 def main(
-    seeds: Annotated[str, typer.Option(help="a..b; a full pass is 1..50.")] = FULL,
+    seeds: Annotated[str, typer.Option(help="a..b; a full pass is 1..54.")] = FULL,
     folder: Annotated[Path | None, typer.Option(help="What was played, to go on with.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Play also what was played.")] = False,
     quick: Annotated[bool, typer.Option(help="Every kind once, in two runs.")] = False,

@@ -33,6 +33,8 @@ from ray_app.waits import waiting
 MAX_TRIES = 5
 BACKOFF_S = 0.5
 MAX_BACKOFF_S = 30.0
+# Where nobody answers at all: to ask again burdens nobody, and a proxy that died is back in a few seconds.
+MAX_CONNECT_BACKOFF_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,7 @@ class Router:
                 self._pass_over(call, route, fault.error)
                 continue
             if fault.is_refusal:
-                await self._wait_out(call, route, fault.error)
+                await self._wait_out(call, route, fault)
                 continue
             call.tries += 1
             if not fault.is_passing or call.tries == MAX_TRIES:
@@ -160,7 +162,7 @@ class Router:
                 )
         raise denial
 
-    async def _wait_out(self, call: _Call, route: Route, refusal: EvalError) -> None:
+    async def _wait_out(self, call: _Call, route: Route, refusal: Fault) -> None:
         """Until an endpoint that did not take the call may be asked again: no part of the call's time.
 
         Raises EndpointError once the call has waited for `patience_s`.
@@ -168,13 +170,14 @@ class Router:
         call.refusals += 1
         left_s, asked_s = call.model.patience_s - call.waited_s, self._asked_s(call)
         if left_s <= 0 or asked_s >= left_s:
-            raise self._given_up(call, refusal)
+            raise self._given_up(call, refusal.error)
         loop, slots = asyncio.get_running_loop(), route.slots
+        most_s = MAX_CONNECT_BACKOFF_S if refusal.name == "connect" else MAX_BACKOFF_S
         began = loop.time()
-        slots.pausing, slots.refusal = slots.pausing + 1, str(refusal)
+        slots.pausing, slots.refusal = slots.pausing + 1, str(refusal.error)
         try:
             with waiting():
-                await asyncio.sleep(min(asked_s + self._backoff_s(call.refusals), left_s))
+                await asyncio.sleep(min(asked_s + self._backoff_s(call.refusals, most_s), left_s))
         finally:
             slots.pausing -= 1
             waited_s = loop.time() - began
@@ -246,8 +249,8 @@ class Router:
         free = min(call.failed.get(route.url, now) for route in self._usable(call))
         return max(0.0, free - now)
 
-    def _backoff_s(self, number: int) -> float:
-        return min(BACKOFF_S * 2.0 ** min(number - 1, 16), MAX_BACKOFF_S) * self._rng.uniform(0.5, 1.5)
+    def _backoff_s(self, number: int, most_s: float = MAX_BACKOFF_S) -> float:
+        return min(BACKOFF_S * 2.0 ** min(number - 1, 16), most_s) * self._rng.uniform(0.5, 1.5)
 
     def _out_of_time(self, call: _Call, last: Exception) -> EndpointError:
         urls = ", ".join(route.url for route in self._routes[call.request.model])

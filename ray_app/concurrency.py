@@ -4,7 +4,8 @@ Three modes. `start`: the limit doubles about once per call duration, until some
 `climb`: no endpoint has to say that it is overloaded; the limit goes up or down by a factor, the work
 finished a second is compared (`goodput.py`), and what is better stays. So it finds the peak of an engine
 that thrashes beyond it in silence. `avoid`: the endpoint does say so (429, 503, time-outs, a full KV cache):
-one decrease per episode, then additive growth.
+one decrease per episode, then additive growth. What it refuses once in a long while, as any server on its
+way does, is no overload: that costs less than a lower limit.
 
 The limit changes only while it is what holds calls back: an idle route or the tail of a run teaches nothing.
 How long an endpoint asks a caller to wait (`Retry-After`) is no reason to change it.
@@ -35,6 +36,8 @@ USED = 0.9
 # A congested route keeps this share of what was open.
 DECREASE = 0.75
 GROWTH = 0.03
+# Refusals of less than this share of the calls are chance; a call counts half after so many later ones.
+RARE, HALF_LIFE_CALLS = 0.01, 300
 # Of the limit: with fewer calls open and all others refused, none is served.
 OPEN_IN_VAIN = 0.1
 # A limit that holds nothing back for so long comes down to what is open, to be judged there.
@@ -116,6 +119,7 @@ class Controller:
         self._tells_work, self._looked_far = False, 0
         self._before = 0  # the limit before this one
         self._pace = 0.0  # calls that ended a second at the limit before, in slow start
+        self._taken = self._not_taken = 0.0  # calls, by what the endpoint said; the old ones count less
 
     @classmethod
     def resumed(cls, bounds: Bounds, limit: int, reason: str) -> Controller:
@@ -158,6 +162,10 @@ class Controller:
             self._changed_s = seen.at_s
         if seen.in_flight == 0 or self._busy_s is None:
             self._busy_s = seen.at_s
+        taken = sum(sample.ending == "ok" for sample in seen.samples)
+        refused = sum(sample.ending == "congested" for sample in seen.samples)
+        fades = 0.5 ** ((taken + refused) / HALF_LIFE_CALLS)
+        self._taken, self._not_taken = fades * self._taken + taken, fades * self._not_taken + refused
         for sample in seen.samples:
             if sample.ending == "ok":
                 self._ended += 1
@@ -213,12 +221,16 @@ class Controller:
             for sample in seen.samples
         )
         is_full = seen.pressure is not None and seen.pressure >= PRESSURE_FULL and bool(seen.queued)
-        told = told and not _takes_none(seen, self.limit)
+        told = told and not self._is_rare and not _takes_none(seen, self.limit)
         if not told and not is_full and seen.preemptions <= 0:
             return False
         # What was open before has to drain, and what was refused comes again: one episode.
         is_drained = seen.in_flight <= self.limit
         return is_drained and seen.at_s - self._decreased_s > 2 * self._round_s(seen.at_s)
+
+    @property
+    def _is_rare(self) -> bool:
+        return self._not_taken < RARE * (self._taken + self._not_taken)
 
     def _decrease(self, seen: Observation) -> None:
         self.mode = "avoid"
@@ -233,7 +245,7 @@ class Controller:
     def _add(self, seen: Observation) -> None:
         if seen.at_s - self._decreased_s > CALM_S:
             self._begin_climb(self.limit, 1)
-        elif any(sample.ending == "congested" for sample in seen.samples):
+        elif any(sample.ending == "congested" for sample in seen.samples) and not self._is_rare:
             return  # still of the last episode
         elif self._since_change(seen) >= self._round_s(seen.at_s) and not self._holds(seen):
             self._set(self.limit + max(1, round(GROWTH * self.limit)), seen, "no congestion")

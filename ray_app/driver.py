@@ -378,17 +378,20 @@ def closed_at_the_end(log: EventWriter, held: lease.Lease) -> Iterator[None]:
 def patiently(
     work: Callable[[], Result], held: lease.Lease | None = None, patience_s: float = STORAGE_PATIENCE_S
 ) -> Result:
-    """What `work` returns; while storage fails it is done again, as during the run.
+    """What `work` returns; while storage fails it is done again, as during the run, and the user is told.
 
     Raises the OSError or StorageError that is left when the patience is over or another driver has the run.
     """
-    give_up = time.monotonic() + patience_s
+    give_up, said = time.monotonic() + patience_s, ""
     while True:
         try:
             return work()
-        except (OSError, StorageError):
+        except (OSError, StorageError) as error:
             if (held is not None and held.is_lost) or time.monotonic() > give_up:
                 raise
+            if str(error) != said:
+                said = str(error)
+                print(f"warning: {said}; tried again for up to {patience_s:g} s", file=sys.stderr, flush=True)
             time.sleep(STORAGE_RETRY_S)
 
 

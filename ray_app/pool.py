@@ -34,6 +34,8 @@ WORKER_CPUS = 0.05
 COMPANY = (0, 64, 1)
 # Workers for such suspects at once: this many for each ordinary one, within these bounds.
 SUSPECT_WORKERS, FEWEST_SUSPECT_WORKERS, MOST_SUSPECT_WORKERS = 2, 4, 8
+# A worker that dies before it has said a word is made so often.
+STARTS = 5
 # Workers that died, and not their nodes, one after the other without one attempt that came to an end.
 DEATHS_IN_A_ROW = 20
 
@@ -112,10 +114,10 @@ class WorkerPool:
 
         Raises ConfigError where one cannot start or has another disk.
         """
+        opening = [asyncio.create_task(self._open(seat)) for seat in list(self._seats)]
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
-                sees = await asyncio.gather(*(seat.actor.sees_lease.remote() for seat in self._seats))
-                reports = await asyncio.gather(*(seat.exchange for seat in self._seats if seat.exchange))
+                sees = await asyncio.gather(*opening)
         except TimeoutError:
             raise ConfigError(
                 f"workers: {len(self._seats)} actors of {WORKER_CPUS} CPUs did not start in "
@@ -123,14 +125,34 @@ class WorkerPool:
             ) from None
         except RayError as error:
             raise InfrastructureError(f"a worker cannot start: {last_line(error)}") from None
-        for seat, report in zip(self._seats, reports, strict=True):
-            seat.node = report.node
+        finally:
+            for task in opening:
+                task.cancel()
         if not all(sees):
             raise ConfigError(
                 f"run directory {self._options.run_dir}: not there on every node; put TOOLORCH_HOME or "
                 "--run-dir on a folder that all nodes share, or on s3://"
             )
         self._beating = asyncio.create_task(self._beat())
+
+    async def _open(self, seat: _Seat) -> bool:
+        """Whether the worker sees the lease, once it answers; another in its place where it, or its node,
+        dies before. Raises RayError where workers cannot be made."""
+        starts = 1
+        while True:
+            try:
+                sees = await seat.actor.sees_lease.remote()
+                if seat.exchange is not None:
+                    seat.node = (await asyncio.shield(seat.exchange)).node
+                return bool(sees)
+            except RayError as error:
+                if starts == STARTS or _is_refusal(error):
+                    raise
+                starts += 1
+                self._seats.remove(seat)
+                self._governor.lose(seat.name)
+                _end(seat)
+                seat = self._start(COMPANY[0])
 
     def grant(self) -> None:
         """Tell every worker now what it may do: it hears of it before a task that is given to it later."""
@@ -332,6 +354,11 @@ def _node_is_dead(node: str, error: Exception | None) -> bool:
     if isinstance(error, ActorUnavailableError) or (error is not None and "node has died" in str(error)):
         return True
     return any(item["NodeID"] == node and not item["Alive"] for item in ray.nodes())
+
+
+def _is_refusal(error: RayError) -> bool:
+    """A worker that says why it does not start would say so again."""
+    return isinstance(error, RayTaskError) or "creation task" in str(error)
 
 
 def _forget(future: asyncio.Future[Any]) -> None:

@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ from ray_app.planning import RUN_AGAIN
 from ray_app.preview import ASSUMED_USAGE
 from ray_app.progress import LINE_EVERY_S
 from ray_app.records import Event, Usage, Verdict
+from ray_app.slots import RouteKey, Slots
 from ray_app.tools.base import Caller
 
 # What storage has not taken by then would be lost with this process.
@@ -161,7 +162,6 @@ class _Bench:
     tally: Tally
     say: Callable[[str], None]
     in_a_row: int = 0
-    said_at: float = field(default_factory=time.monotonic)
 
     async def work(self, waiting: Iterator[Item]) -> None:
         """Judge what `waiting` gives; several of these share one iterator."""
@@ -178,7 +178,6 @@ class _Bench:
                 self._count(error)
             else:
                 self._store(item, journal, verdict)
-            self._tell()
 
     async def _verdict(self, item: Item, journal: Journal) -> Verdict:
         return await self.asked.reviewer.verdict(self.caller, journal, item.task, item.subject)
@@ -230,10 +229,16 @@ class _Bench:
                 "the same command goes on"
             )
 
-    def _tell(self) -> None:
-        if time.monotonic() - self.said_at >= LINE_EVERY_S:
-            self.said_at = time.monotonic()
-            self.say(self.tally.line())
+    async def tell(self, slots: Mapping[RouteKey, Slots]) -> None:
+        """A line now and then, until it is cancelled: also, and above all, while no call comes back."""
+        while True:
+            await asyncio.sleep(LINE_EVERY_S)
+            refused = [
+                f"{route.pausing} calls wait for {key.url}: {route.refusal}"
+                for key, route in slots.items()
+                if route.pausing
+            ]
+            self.say("; ".join([self.tally.line(), *refused]))
 
 
 async def _judge_all(
@@ -246,6 +251,7 @@ async def _judge_all(
     router, tally, waiting = _router(asked), Tally(held.epoch, len(left)), iter(left)
     bench = _Bench(asked, Caller(router, config.models), log, held, tally, say)
     workers = [asyncio.create_task(bench.work(waiting)) for _ in range(min(config.concurrency, len(left)))]
+    teller = asyncio.create_task(bench.tell(router.slots))
     _stop_on_signals(workers, tally)
     try:
         await asyncio.gather(*workers)
@@ -253,9 +259,9 @@ async def _judge_all(
         if tally.stopped_by is None:
             raise
     finally:
-        for worker in workers:
-            worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
+        for task in (*workers, teller):
+            task.cancel()
+        await asyncio.gather(*workers, teller, return_exceptions=True)
         await router.close()
         await asyncio.to_thread(log.close)
     return tally

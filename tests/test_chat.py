@@ -339,7 +339,11 @@ async def test_what_an_endpoint_does_not_take_is_waited_for_and_is_no_part_of_th
     assert reply.queue_s > 0.6
 
 
-async def test_a_server_that_restarts_costs_a_wait_that_can_be_seen() -> None:
+async def test_a_server_that_restarts_costs_a_wait_that_can_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What is not there is asked for often, however long the pauses are that overload asks for.
+    monkeypatch.setattr(chat, "BACKOFF_S", 60.0)
+    monkeypatch.setattr(chat, "MAX_BACKOFF_S", 60.0)
+    monkeypatch.setattr(chat, "MAX_CONNECT_BACKOFF_S", 0.1)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]

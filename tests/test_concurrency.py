@@ -88,6 +88,19 @@ def test_one_decrease_per_episode_however_many_calls_are_refused() -> None:
     assert controller.limit == 56
 
 
+def test_a_refusal_in_hundreds_of_calls_is_no_overload_and_one_in_ten_is() -> None:
+    served = Sample("ok", 1.0)
+    controller = Controller(Bounds(start=100))
+    feed(controller, 0.0, [served] * 200)
+    for second in range(1, 60):
+        feed(controller, float(second), [served] * 80 + [REFUSED] * (second % 9 == 0))
+        assert controller.mode != "avoid"
+    limit = controller.limit
+    for second in range(60, 70):
+        feed(controller, float(second), [served] * 90 + [REFUSED] * 10)
+    assert controller.mode == "avoid" and controller.limit < limit
+
+
 def test_growth_after_congestion_is_slow_and_only_while_the_limit_is_used() -> None:
     controller = Controller(Bounds(start=100))
     feed(controller, 0.0, [Sample("ok", 2.0)])

@@ -134,6 +134,14 @@ async def test_a_task_that_takes_its_worker_with_it_is_isolated_and_the_others_a
     assert "isolated: 3 workers died with this task, the last while it ran alone" in failed.error
 
 
+async def test_a_worker_that_dies_as_it_starts_is_made_again(cluster: None, run: Run) -> None:
+    run.poison = "start"
+    tally = await run.drive()
+    assert run.named("died") == ["died-once"]
+    run.check(tally)
+    assert {result.attempt for result in run.seen.results} == {1}
+
+
 async def test_a_node_that_is_cut_off_and_comes_back_accuses_no_task_and_counts_for_nothing(run: Run) -> None:
     ray.shutdown()
     quick = {

@@ -134,9 +134,9 @@ def asked(run_dir: Path, url: str, *overrides: str, **options: Any) -> opinions.
     return opinions.read_pass(run_dir, chosen, **options)
 
 
-async def carry_out(job: opinions.JudgePass) -> rejudge.Tally:
+async def carry_out(job: opinions.JudgePass, said: list[str] | None = None) -> rejudge.Tally:
     """In a thread of its own: a job owns its event loop."""
-    return await asyncio.to_thread(rejudge.carry_out, job, lambda line: None)
+    return await asyncio.to_thread(rejudge.carry_out, job, [].append if said is None else said.append)
 
 
 def rows(run_dir: Path, kind: str) -> list[dict[str, Any]]:
@@ -216,6 +216,18 @@ async def test_an_endpoint_that_refuses_leaves_the_verdict_for_the_next_pass(tmp
     assert (tally.judged, tally.failed, tally.exit_code) == (4, 1, 1)
     assert "HTTP 401" in tally.last_error
     assert [item.task.task_id for item in opinions.plan(job).left] == ["strict"]
+
+
+async def test_a_pass_that_waits_for_its_endpoint_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, said = await make_run(tmp_path), list[str]()
+    monkeypatch.setattr(rejudge, "LINE_EVERY_S", 0.02)
+    async with serving(says_verdict(True), (503, {"message": "full up"}, {}), says_verdict(True)) as server:
+        assert (await carry_out(asked(run_dir, server.url), said)).judged == 5
+    waited = [line for line in said if f"1 calls wait for {server.url}: " in line]
+    assert waited and "5 to judge = 0 judged" in waited[0] and "full up" in waited[0]
+    assert "calls wait" not in said[-1]
 
 
 async def test_a_pass_in_which_only_failures_come_back_stops(tmp_path: Path) -> None:

@@ -111,6 +111,8 @@ def test_an_answer_of_which_only_a_total_was_logged_has_failed(tmp_path: Path) -
     assert [(use.tool, use.model, use.errors) for use in usage(log).rows if use.tool == "answer"] == [
         ("answer", "gpt-5", 1)
     ]
+    # Such logs tell no prices: nothing is said of costs, rather than that there were none.
+    assert row.cost_usd is None and {use.cost_usd for use in usage(log).rows} == {None}
 
 
 def test_program_times_and_a_reply_that_was_no_reply(tmp_path: Path) -> None:

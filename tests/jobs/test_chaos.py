@@ -1,6 +1,6 @@
 """Everything that can die or hang around a run does, once each; and two drivers that want one run.
 
-The long form is `make chaos SEEDS=1..50`. TOOLORCH_CHAOS_SEED gives this one other moments and victims.
+The long form is `make chaos SEEDS=1..54`. TOOLORCH_CHAOS_SEED gives this one other moments and victims.
 """
 
 from __future__ import annotations
