@@ -12,8 +12,12 @@ function bytesOf(base64) {
   return bytes;
 }
 
+// What a reader is told where a part of the page is missing: the file was cut, on its way or by a full disk.
+const DAMAGED = "cannot be read from this page, which is not whole";
+
+// Of an element that nothing follows yet, only the beginning may have come.
 async function unpacked(kind, part) {
-  if (!byId(`${kind}-${part}`)) await whole;
+  if (!byId(`${kind}-${part}`)?.nextSibling) await whole;
   const body = byId(`${kind}-${part}`).textContent;
   if (D.packing === "lzma") return dense(body);
   const stream = new Blob([bytesOf(body)]).stream();

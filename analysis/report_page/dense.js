@@ -116,6 +116,7 @@ function unlzma(bytes) {
 
   for (;;) {
     if (size + 300 > out.length) {
+      if (at > bytes.length) throw new RangeError("the end of a packed part is missing");
       const larger = new Uint8Array(2 * out.length + 1000);
       larger.set(out);
       out = larger;

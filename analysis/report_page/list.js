@@ -49,9 +49,10 @@ async function search(typed) {
   const escaped = words.map((one) => JSON.stringify(one).slice(1, -1));
   view.matched = new Set(T.id.map((_, task) => task).filter((task) => words.every((one) => ABOUT[task].includes(one))));
   arrange();
-  let told = performance.now();
+  let told = performance.now(), damage = "";
   for (let block = 0; block < D.told.length && !D.withheld; block++) {
-    const lines = await searchable(block);
+    const lines = await searchable(block).catch(() => []);
+    if (!lines.length) damage = `some texts ${DAMAGED}`;
     if (run !== view.search) return undefined;
     lines.forEach((line, place) => {
       const task = TOLD[block] + place;
@@ -66,7 +67,7 @@ async function search(typed) {
     }
   }
   arrange();
-  return tell("");
+  return tell(damage);
 }
 
 function tell(doing) {

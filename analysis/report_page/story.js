@@ -3,8 +3,9 @@ const STAGE = (row) => row.kind === "model_call" ? (F.stages.includes(row.role) 
 const QUIET = new Set(["attempt", "turn"]);
 
 async function storyPage(task) {
-  const { rows, asked } = await rowsOf(task);
-  const words = wordsOf(view.words);
+  const told = await rowsOf(task).catch(() => null);
+  if (!told) return [...headOf(task), node("p", { class: "bad" }, `The turns of this task ${DAMAGED}.`)];
+  const { rows, asked } = told, words = wordsOf(view.words);
   return [
     ...headOf(task), ...asked.map((piece) => pieceNode(piece, task, words, "asked")),
     !asked.length && D.note ? node("p", { class: "dim" }, D.note) : null,
@@ -93,7 +94,8 @@ function hitsNode(row, task, words) {
     made.dataset.filled = "yes";
     for (const [at, hit] of row.found.entries()) {
       const label = `hit ${at + 1} (${hit.source}, document ${hit.document}, ${hit.score.toFixed(3)})`;
-      made.append(pieceNode({ ...(await documentAt(hit.text)), name: label }, task, words));
+      const found = await documentAt(hit.text).catch(() => ({ text: "", left: 0, absent: `its text ${DAMAGED}` }));
+      made.append(pieceNode({ ...found, name: label }, task, words));
     }
   });
   return made;

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from analysis.page import write_page
+from analysis.page import MOST_BYTES, write_page
 from benchmarks.analysis_run import make_run, write_finished
 from benchmarks.analysis_texts import write_texts
 from benchmarks.chromium import NAMES, OPTIONS, READY, chromium
@@ -173,6 +176,73 @@ def test_a_page_that_was_cut_says_so_and_unpacks_what_it_packed_denser(
     page.wait_for_selector(".hits")
     page.locator(".hits summary").click()
     assert "left out of this page" in page.locator(".hits").inner_text()
+
+
+def halves(path: Path) -> tuple[bytes, bytes]:
+    """A page, cut in the middle of its packed texts."""
+    body = path.read_bytes()
+    wide = body.startswith(codecs.BOM_UTF16)
+    begins = body.index('id="texts-0"'.encode("utf-16-le" if wide else "ascii"))
+    ends = body.index("</script>".encode("utf-16-le" if wide else "ascii"), begins)
+    middle = (begins + ends) // 2
+    middle += middle % 2  # no half letter
+    return body[:middle], body[middle:]
+
+
+@pytest.mark.parametrize("most_bytes", [MOST_BYTES, 5000], ids=["plain", "dense"])
+def test_a_text_whose_second_half_is_still_on_its_way_is_waited_for(
+    browser: Browser, opened: Open, run_dir: Path, tmp_path: Path, most_bytes: int
+) -> None:
+    path = write_page(run_dir, tmp_path / "page.html", redact=False, most_bytes=most_bytes).path
+    told = opened(path)
+    go(told, "5", "Enter", until="task/0")
+    first, second = halves(path)
+    comes, said = threading.Event(), list[str]()
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("content-type", "text/html")
+            self.end_headers()
+            self.wfile.write(first)
+            assert comes.wait(20)
+            self.wfile.write(second)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page = browser.new_page()
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(f"http://127.0.0.1:{server.server_port}/", wait_until="commit")
+        page.wait_for_selector(READY)
+        go(page, "5", until="tasks")
+        page.keyboard.press("Enter")
+        page.wait_for_function("location.hash === '#/task/0'")
+        assert page.evaluate("document.readyState") == "loading" and page.locator(".turn").count() == 0
+        comes.set()
+        page.wait_for_selector(".turn")
+        assert page.locator("main").inner_text() == told.locator("main").inner_text()
+        page.close()
+        server.shutdown()
+    assert said == []
+
+
+@pytest.mark.parametrize("most_bytes", [MOST_BYTES, 5000], ids=["plain", "dense"])
+def test_a_page_whose_end_is_lost_says_what_cannot_be_read(
+    opened: Open, run_dir: Path, tmp_path: Path, most_bytes: int
+) -> None:
+    path = write_page(run_dir, tmp_path / "page.html", redact=False, most_bytes=most_bytes).path
+    path.write_bytes(halves(path)[0])
+    page = opened(path)
+    go(page, "5", "Enter", until="task/0")
+    said = page.locator("main .bad").last.inner_text()
+    assert said == "The turns of this task cannot be read from this page, which is not whole."
+    assert "python -m analysis show" in page.locator("#show-command").inner_text()
+    go(page, "Escape", "/", until="tasks")
+    page.keyboard.type("needle-07")
+    expect(page.locator("#count")).to_contain_text("some texts cannot be read from this page")
 
 
 def test_a_run_with_hardly_anything_is_a_sentence(opened: Open, tmp_path: Path) -> None:
