@@ -88,7 +88,9 @@ def usage_page(found: Usage) -> RenderableType:
     costs = [row.cost_usd for row in found.rows if row.cost_usd is not None]
     all_tokens = sum(row.tokens for row in found.rows)
     estimated = _estimated(sum(row.estimated_tokens for row in found.rows), all_tokens)
-    lines = Text(f"Cost in all: {usd(sum(costs) if costs else None)}\nTokens in all: {number(all_tokens)}{estimated}")
+    lines = Text(
+        f"Cost in all: {usd(sum(costs) if costs else None)}\nTokens in all: {number(all_tokens)}{estimated}"
+    )
     return Group(Text(plain(found.run, 120), style="bold"), table, lines)
 
 

@@ -1,7 +1,8 @@
 """What was called how often, with which success, for how many tokens and dollars.
 
 An expert's tokens and cost belong to the tool that asked it. Failed calls are paid for too and are counted
-in all of it; only times leave them out. A log that tells no prices at all (an imported one) has None for them.
+in all of it; only times leave them out. A log that tells no prices at all (an imported one) has None in place
+of costs.
 """
 
 from __future__ import annotations
