@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +18,7 @@ from analysis.console import one_line_errors, show
 from analysis.options import AsJson, Run
 from analysis.sql import VIEWS, Found, ask
 from analysis.text import plain
-from ray_app.object_store import local
+from ray_app.object_store import is_url, local
 
 SHOWN_ROWS, SHOWN_BLOCKS, MOST_COLUMNS = 200, 20, 12
 
@@ -28,7 +29,12 @@ def command(
     as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, with a line of names.")] = False,
 ) -> None:
-    """Ask DuckDB over the views events, results and payloads, also while the run goes on."""
+    """Ask DuckDB over the views events, results and payloads, also while the run goes on.
+
+    SELECT and RUN are taken in either order.
+    """
+    if _is_run(query):
+        query, run = run, query
     with one_line_errors():
         found = ask(local(run), query)
         if as_json:
@@ -38,6 +44,13 @@ def command(
             writer.writerows([found.names, *found.rows])
         else:
             show(page(found))
+
+
+def _is_run(text: str) -> bool:
+    try:
+        return is_url(text) or (bool(text) and Path(text).is_dir())
+    except OSError:  # too long for a name
+        return False
 
 
 def page(found: Found) -> RenderableType:

@@ -43,6 +43,12 @@ def test_views_are_the_events_the_counted_results_and_the_payloads(run_dir: Path
     ]
 
 
+def test_the_run_may_come_first_as_in_other_commands(run_dir: Path) -> None:
+    for question in ("select count(*) as n from events", f"select count(*) as n from events --{'x' * 5000}"):
+        outcome = CliRunner().invoke(app, ["sql", str(run_dir), question, "--json"])
+        assert json.loads(outcome.stdout) == json.loads(printed(run_dir, question, "--json")) == [{"n": 5}]
+
+
 def test_an_answer_is_a_table_json_or_csv_of_plain_values(run_dir: Path) -> None:
     question = (
         "select model, duration_s, cost_usd, t_start, [1.5, 2] as l from events "
