@@ -271,7 +271,7 @@ def _leftovers(run_dir: Path) -> list[Path]:
 def test_a_merger_that_wakes_up_late_neither_loses_nor_doubles(tmp_path: Path) -> None:
     keys = _write_large_parts(tmp_path)
     with _merging(tmp_path, "old") as stale:
-        until(lambda: _leftovers(tmp_path))
+        until(lambda: _leftovers(tmp_path / "payloads"))  # the large ones, which take a while
         os.kill(stale.pid, signal.SIGSTOP)
         merge(tmp_path, name="new", min_files=4)
         assert _leftovers(tmp_path)  # of a process that lives
@@ -287,7 +287,7 @@ def test_a_merger_that_wakes_up_late_neither_loses_nor_doubles(tmp_path: Path) -
 def test_a_merger_that_wakes_up_after_the_end_of_the_run_does_no_harm(tmp_path: Path) -> None:
     keys = _write_large_parts(tmp_path)
     with _merging(tmp_path, "old") as stale:
-        until(lambda: _leftovers(tmp_path))
+        until(lambda: _leftovers(tmp_path / "payloads"))  # the large ones, which take a while
         os.kill(stale.pid, signal.SIGSTOP)
         compact(tmp_path)
         os.kill(stale.pid, signal.SIGCONT)
