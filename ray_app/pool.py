@@ -152,6 +152,8 @@ class WorkerPool:
                 self._seats.remove(seat)
                 self._governor.lose(seat.name)
                 _end(seat)
+                # It may have begun to tell of itself: nobody is to look for it.
+                await asyncio.to_thread(pulse.mark_lost, self._options.run_dir, seat.name, self._options.epoch)
                 seat = self._start(COMPANY[0])
 
     def grant(self) -> None:
