@@ -33,8 +33,8 @@ from ray_app.waits import waiting
 MAX_TRIES = 5
 BACKOFF_S = 0.5
 MAX_BACKOFF_S = 30.0
-# Where nobody answers at all: to ask again burdens nobody, and a proxy that died is back in a few seconds.
-MAX_CONNECT_BACKOFF_S = 5.0
+# Where nobody is there: to ask again burdens nobody, and a proxy that died is back in a few seconds.
+MAX_AWAY_BACKOFF_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ class Router:
         if left_s <= 0 or asked_s >= left_s:
             raise self._given_up(call, refusal.error)
         loop, slots = asyncio.get_running_loop(), route.slots
-        most_s = MAX_CONNECT_BACKOFF_S if refusal.name == "connect" else MAX_BACKOFF_S
+        most_s = MAX_AWAY_BACKOFF_S if refusal.is_of_absence else MAX_BACKOFF_S
         began = loop.time()
         slots.pausing, slots.refusal = slots.pausing + 1, str(refusal.error)
         try:

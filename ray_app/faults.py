@@ -27,6 +27,7 @@ from ray_app.slots import Ending
 CONGESTED = frozenset({"429", "503", "timeout", "stall"})
 # Too many requests, nobody there (as a proxy says it), not now, overloaded: before anything was begun.
 REFUSED_STATUS = frozenset({429, 502, 503, 529})
+ABSENT = frozenset({"connect", "502"})
 # Seconds; what an endpoint asks for beyond this is not waited for.
 MAX_RETRY_AFTER_S = 60.0
 
@@ -70,6 +71,11 @@ class Fault(Exception):
     def is_denial(self) -> bool:
         """Whether this endpoint answers nobody with our key, or has no such model."""
         return isinstance(self.error, AccessDenied) and not self.is_of_request
+
+    @property
+    def is_of_absence(self) -> bool:
+        """Whether nobody was there to take the attempt."""
+        return self.name in ABSENT
 
     @property
     def ending(self) -> Ending:

@@ -153,7 +153,8 @@ class WorkerPool:
                 self._governor.lose(seat.name)
                 _end(seat)
                 # It may have begun to tell of itself: nobody is to look for it.
-                await asyncio.to_thread(pulse.mark_lost, self._options.run_dir, seat.name, self._options.epoch)
+                run_dir, epoch = self._options.run_dir, self._options.epoch
+                await asyncio.to_thread(pulse.mark_lost, run_dir, seat.name, epoch)
                 seat = self._start(COMPANY[0])
 
     def grant(self) -> None:

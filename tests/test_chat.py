@@ -343,7 +343,7 @@ async def test_a_server_that_restarts_costs_a_wait_that_can_be_seen(monkeypatch:
     # What is not there is asked for often, however long the pauses are that overload asks for.
     monkeypatch.setattr(chat, "BACKOFF_S", 60.0)
     monkeypatch.setattr(chat, "MAX_BACKOFF_S", 60.0)
-    monkeypatch.setattr(chat, "MAX_CONNECT_BACKOFF_S", 0.1)
+    monkeypatch.setattr(chat, "MAX_AWAY_BACKOFF_S", 0.1)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
