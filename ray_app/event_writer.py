@@ -97,9 +97,6 @@ class EventWriter:
         self._payload_stream, self._event_stream = (
             _stream(store, table, writer_id, epoch, metadata) for table in tables
         )
-        # Arrow's own choice keeps what each thread of a process that lives for a day once had: a driver of
-        # 60,000 tasks grew from 290 to 390 MB, and to 305 with the system's.
-        pa.set_memory_pool(pa.system_memory_pool())
         pa.array([""])  # pyarrow imports pandas at its first conversion (0.4 s): now, not in an event loop
         self._waiting = _Taken()
         self._written = _Taken()  # and not yet durable: storage may still lose it

@@ -54,8 +54,8 @@ PAYLOAD_SCHEMA: pa.Schema = pa.schema(
 def let_go() -> None:
     """Gives the system the memory that this thread read or wrote with, where it is used no more.
 
-    Arrow keeps what it has once had, with its own allocator: 120 MB in a driver that looks into the log of
-    100,000 tasks for the record of one, 30 to 100 MB in a process that has published a minute's rows.
+    Arrow keeps what it has once had: 120 MB in a driver that looks into the log of 100,000 tasks for the
+    record of one, 30 to 100 MB in a process that has published a minute's rows.
     """
     pa.default_memory_pool().release_unused()
 
