@@ -35,8 +35,9 @@ SERVICES = (
     "ray::ServeReplica:retriever",
 )
 UP_S = 120.0
-# A driver waits for a cluster that is gone for so long, and not for a minute.
-NOTICED_SOON = {"TOOLORCH_CLUSTER_LOST_S": "8"}
+# A driver waits for a cluster that is gone for so long, and not for a minute; Serve makes a proxy that died
+# again after three looks, ten seconds apart by itself.
+NOTICED_SOON = {"TOOLORCH_CLUSTER_LOST_S": "8", "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}
 
 
 @dataclass
