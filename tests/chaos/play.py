@@ -6,7 +6,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from analysis.__main__ import app as analysis_app
 from tests.chaos.blows import Hung, NoVictim, Scene, Wrong
-from tests.chaos.plan import BLOWS, Blow, Kind, Round
+from tests.chaos.plan import BLOWS, Benchmark, Blow, Kind, Round
 from tests.chaos.world import Expected, World
 from tests.jobs.kills import Kill, Told
 
@@ -23,6 +23,8 @@ from tests.jobs.kills import Kill, Told
 SILENT_S = 120.0
 # Tasks in flight: few enough for four blows to come before the end.
 IN_FLIGHT = (4, 12)
+# With more blows, slow enough for all of them to come.
+IN_FLIGHT_OF_MANY: Mapping[Benchmark, int] = {"hle": 2, "tau2": 3}
 # Between two blows: what a blow costs is promised for one at a time.
 APART_S = 2.0
 # What was answered so long before a blow was safe, but for the loss of everything at once.
@@ -77,8 +79,7 @@ def play(world: World, one: Round, folder: Path, say: Callable[[str], None]) -> 
     run_dir = world.run_dir(one.storage, name)
     outcome = Outcome(one.number, one.title, run_dir)
     rng = random.Random(f"round {one.number}")
-    # Slow enough for all of them to come before the end.
-    concurrency = 2 if len(one.blows) > BLOWS else rng.randint(*IN_FLIGHT)
+    concurrency = IN_FLIGHT_OF_MANY[one.benchmark] if len(one.blows) > BLOWS else rng.randint(*IN_FLIGHT)
     with world.carried(one, run_dir, concurrency, folder / f"{name}.log") as job:
         scene = Scene(world, job, rng, one.outage_s)
         try:
