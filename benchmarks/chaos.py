@@ -1,9 +1,9 @@
 """Whether a run survives everything that can die around it: `python -m benchmarks.chaos --seeds 1..54`.
 
 A seed is a run of the sample or of the service desk on a real cluster, with four blows (tests/chaos/plan.py
-has the kinds); fifty seeds are the 200 blows of a full pass. A pass can be interrupted: `--folder` keeps what
-was played, and the same command goes on. What a seed does follows from its number, so a round that failed is
-played again by `--seeds 17..17 --again`.
+has the kinds); 54 seeds are a full pass: 216 blows, of which some come after the end of their run. A pass
+can be interrupted: `--folder` keeps what was played, and the same command goes on. What a seed does follows
+from its number, so a round that failed is played again by `--seeds 17..17 --again`.
 """
 
 from __future__ import annotations

@@ -34,6 +34,8 @@ WORKER_CPUS = 0.05
 COMPANY = (0, 64, 1)
 # Workers for such suspects at once: this many for each ordinary one, within these bounds.
 SUSPECT_WORKERS, FEWEST_SUSPECT_WORKERS, MOST_SUSPECT_WORKERS = 2, 4, 8
+# What Ray says of a worker whose constructor raised.
+NOT_MADE = "creation task"
 # A worker that dies before it has said a word is made so often.
 STARTS = 5
 # Workers that died, and not their nodes, one after the other without one attempt that came to an end.
@@ -293,7 +295,7 @@ class WorkerPool:
             cancelled = isinstance(broken, asyncio.CancelledError)
             seat.lost.set_exception(InfrastructureError("stopped") if cancelled else broken)
             raise
-        is_suspect = not is_node and "creation task" not in reason
+        is_suspect = not is_node and NOT_MADE not in reason
         seat.lost.set_result(WorkerLost(reason, is_suspect=is_suspect, was_alone=len(tasks) == 1))
         await self._settle(seat)
         if self._deaths_in_a_row >= DEATHS_IN_A_ROW:
@@ -361,7 +363,7 @@ def _node_is_dead(node: str, error: Exception | None) -> bool:
 
 def _is_refusal(error: RayError) -> bool:
     """A worker that says why it does not start would say so again."""
-    return isinstance(error, RayTaskError) or "creation task" in str(error)
+    return isinstance(error, RayTaskError) or NOT_MADE in str(error)
 
 
 def _forget(future: asyncio.Future[Any]) -> None:

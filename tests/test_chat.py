@@ -354,8 +354,9 @@ async def test_a_server_that_restarts_costs_a_wait_that_can_be_seen(monkeypatch:
         while slots.pausing < 8:  # noqa: ASYNC110  (a few turns of the loop)
             await asyncio.sleep(0)
         assert (slots.in_flight, slots.waiting) == (0, 8) and "no connection" in slots.refusal
-        async with serving(GOOD, port=port):
+        async with serving((502, {"message": "nobody behind this"}, {}), GOOD, port=port):
             replies = await asyncio.gather(*calls)
+    assert sum(reply.faults.endswith("502") for reply in replies) == 1
     assert {reply.endpoint for reply in replies} == {url} and slots.waiting == 0
     assert all(reply.faults.startswith("connect") for reply in replies)
 
